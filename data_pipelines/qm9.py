@@ -1,0 +1,346 @@
+"""QM9 prepared once: ArrayRecord to keep, memory-mapped arrays to train from, a passport.
+
+    source --our TFDS builder--> ArrayRecord --decoded once--> arrays/*.npy + passport.json
+
+The folder appears under its final name only when it is complete (built beside it, then
+renamed), so a killed preparation leaves nothing that looks finished, and of two jobs that
+start together one prepares while the other waits. Every later start checks the arrays
+against the passport.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.qm9_sources import NUM_CHARACTERIZED, SOURCES, characterized_indices
+from data_pipelines.splits import SPLIT_NAMES, get_split, split_hash
+from data_pipelines.targets import ELEMENTS, TARGET_NAMES, TARGETS
+from demetar.errors import UserError, suggest
+
+_PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
+SAMPLE_FILE = pathlib.Path(__file__).parent / "qm9_sample.xyz.tar.bz2"
+# What a float32-rounded, complete QM9 from qm9pack 1.0.x hashes to; see `_content_hash`.
+_KNOWN_CONTENT = {"qm9pack": "TO_BE_PINNED"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MoleculeArrays:
+    """All molecules, one after the other, as (memory-mapped) arrays.
+
+    Attributes:
+      index: [G] int32, published numbers, ascending.
+      node_offset: [G + 1] int64; molecule g has atoms node_offset[g] to node_offset[g + 1].
+      atomic_number: [atoms] uint8.
+      position: [atoms, 3] float32, angstrom.
+      bond_offset: [G + 1] int64.
+      bonds: [bonds, 3] uint8, rows (i, j, BondType) with i < j inside the molecule.
+      properties: [G, 15] float64 in the order of `TARGET_NAMES`, source units.
+    """
+
+    index: np.ndarray
+    node_offset: np.ndarray
+    atomic_number: np.ndarray
+    position: np.ndarray
+    bond_offset: np.ndarray
+    bonds: np.ndarray
+    properties: np.ndarray
+
+    def composition(self) -> np.ndarray:
+        """How many H, C, N, O, F each molecule has: [G, 5] int64."""
+        starts = self.node_offset[:-1]
+        return np.stack(
+            [np.add.reduceat(self.atomic_number == z, starts) for z in ELEMENTS.values()], axis=1
+        ).astype(np.int64)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(MoleculeArrays))
+
+
+def default_cache_dir() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/demetar`, or `~/.cache/demetar`."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "demetar"
+
+
+def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArrays, dict]:
+    """The prepared molecules and their passport, preparing them first where needed.
+
+    Args:
+      source: `qm9pack`, `raw`, `tfds`, or `sample` (500 molecules that ship with demetar).
+      path: the files, for `raw` and `tfds`.
+      cache_dir: where prepared data live; empty: `default_cache_dir()`.
+    """
+    if source == "sample":
+        source, path = "raw", str(SAMPLE_FILE)
+    if source not in SOURCES:
+        known = (*SOURCES, "sample")
+        raise UserError(
+            f"Unknown config.data.source {source!r}.{suggest(source, known)} "
+            f"Known: {', '.join(known)}."
+        )
+    root = pathlib.Path(cache_dir or default_cache_dir()) / "qm9"
+    folder = root / f"{source}-{_source_key(source, path)}"
+    if not folder.exists():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with _lock(root / f"{folder.name}.lock"):
+                if not folder.exists():  # else another job has prepared it while we waited
+                    _prepare(source, path, folder)
+        except OSError as error:
+            raise UserError(
+                f"Cannot prepare QM9 in {folder}: {error}. Set config.data.cache_dir to a "
+                "writable folder with 500 MB of space."
+            ) from error
+    return _open(folder)
+
+
+def _source_key(source: str, path: str) -> str:
+    """Names a preparation after what it was made from, so that changed files are seen."""
+    if source == "qm9pack" and not path:
+        try:
+            identity = importlib.metadata.version("qm9pack")
+        except importlib.metadata.PackageNotFoundError:
+            identity = ""
+    else:
+        identity = f"{pathlib.Path(path).resolve()}"
+        if pathlib.Path(path).exists():
+            stat = pathlib.Path(path).stat()
+            identity += f":{stat.st_size}:{stat.st_mtime_ns}"
+    text = f"{_PREPARATION_VERSION}:{source}:{identity}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def _lock(file: pathlib.Path):
+    """Held by one process of this host at a time; the kernel frees it when a holder dies."""
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another process is preparing QM9; waiting for it.", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+# --- preparing ---------------------------------------------------------------------------------
+
+
+def _prepare(source: str, path: str, folder: pathlib.Path) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a killed preparation: we hold the lock
+    building = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
+    try:
+        agreement = _build_records(SOURCES[source](path), building)
+        arrays = _decode_records(building)
+        _write_arrays(arrays, building, source, agreement)
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _build_records(molecules, data_dir: pathlib.Path) -> list[int]:
+    """Writes ArrayRecord files through TFDS; returns how many molecules per `Agreement`."""
+    import tensorflow_datasets as tfds  # heavy, and only needed to prepare
+
+    from data_pipelines.bonds import Agreement, find_bonds
+
+    agreement = [0] * len(Agreement)
+    seen = set()
+
+    class Qm9(tfds.core.GeneratorBasedBuilder):
+        """QM9 with typed bonds; unpadded, energies exact."""
+
+        VERSION = tfds.core.Version(f"{_PREPARATION_VERSION}.0.0")
+
+        def _info(self):
+            exact = tfds.features.Encoding.BYTES  # else TFDS stores float64 as float32
+            tensor = tfds.features.Tensor
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="QM9 as published, without the 3,054 uncharacterized molecules.",
+                homepage="https://doi.org/10.6084/m9.figshare.c.978904.v5",
+                disable_shuffling=True,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "index": tensor(shape=(), dtype=np.int64),
+                        "atomic_number": tensor(shape=(None,), dtype=np.uint8, encoding=exact),
+                        "position": tensor(shape=(None, 3), dtype=np.float32, encoding=exact),
+                        "bonds": tensor(shape=(None, 3), dtype=np.uint8, encoding=exact),
+                        "properties": tensor(
+                            shape=(len(TARGET_NAMES),), dtype=np.float64, encoding=exact
+                        ),
+                        "smiles": tfds.features.Text(),
+                    }
+                ),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"molecules": self._generate_examples()}
+
+        def _generate_examples(self):
+            progress = tqdm(molecules, "Preparing QM9", NUM_CHARACTERIZED, unit=" molecules")
+            for molecule in progress:
+                _check(molecule, seen)
+                bonds, how = find_bonds(
+                    molecule.smiles, molecule.atomic_numbers, molecule.positions
+                )
+                agreement[how] += 1
+                yield molecule.index, {
+                    "index": molecule.index,
+                    "atomic_number": molecule.atomic_numbers,
+                    "position": molecule.positions.astype(np.float32),
+                    "bonds": bonds,
+                    "properties": molecule.properties,
+                    "smiles": molecule.smiles,
+                }
+
+    tfds.display_progress_bar(False)
+    builder = Qm9(data_dir=data_dir, file_format="array_record")
+    download_config = tfds.download.DownloadConfig(
+        num_shards=1, compute_stats=tfds.download.ComputeStatsMode.SKIP
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it would speak of downloading
+        builder.download_and_prepare(download_config=download_config)
+    return agreement
+
+
+def _check(molecule, seen: set[int]) -> None:
+    index = molecule.index
+    if index in seen:
+        raise UserError(f"Molecule {index} appears twice in the source.")
+    seen.add(index)
+    for name, values in (
+        ("coordinate", molecule.positions),
+        ("property", molecule.properties),
+    ):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"Molecule {index} has a {name} that is not a finite number: {values.tolist()}. "
+                "Repair or remove it in the source."
+            )
+    if len(molecule.atomic_numbers) > 255:
+        raise UserError(
+            f"Molecule {index} has {len(molecule.atomic_numbers)} atoms; at most 255 are possible."
+        )
+
+
+def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.ndarray]:
+    """Reads the ArrayRecord files back into one array per field."""
+    import tensorflow_datasets as tfds
+
+    (info_file,) = data_dir.glob("**/dataset_info.json")
+    records = tfds.builder_from_directory(info_file.parent).as_data_source("molecules")
+    columns = {
+        name: [] for name in ("index", "atomic_number", "position", "bonds", "properties")
+    }
+    starts = range(0, len(records), chunk)
+    for start in tqdm(starts, "Decoding QM9", unit=f" x {chunk} molecules"):
+        rows = records.__getitems__(list(range(start, min(start + chunk, len(records)))))
+        for name, column in columns.items():
+            column.extend(row[name] for row in rows)
+    offsets = lambda column: np.concatenate([[0], np.cumsum([len(row) for row in column])])
+    return {
+        "index": np.array(columns["index"], np.int32),
+        "node_offset": offsets(columns["atomic_number"]),
+        "atomic_number": np.concatenate(columns["atomic_number"]),
+        "position": np.concatenate(columns["position"]),
+        "bond_offset": offsets(columns["bonds"]),
+        "bonds": np.concatenate(columns["bonds"]),
+        "properties": np.stack(columns["properties"]),
+    }
+
+
+def _write_arrays(arrays: dict, folder: pathlib.Path, source: str, agreement: list[int]) -> None:
+    (folder / "arrays").mkdir()
+    for name, array in arrays.items():
+        np.save(folder / "arrays" / f"{name}.npy", array, allow_pickle=False)
+    molecules = MoleculeArrays(**arrays)
+    passport = _passport(molecules, source, agreement)
+    passport["files"] = {name: _file_facts(folder / "arrays" / f"{name}.npy") for name in _FIELDS}
+    (folder / "passport.json").write_text(json.dumps(passport, indent=1))
+
+
+def _passport(molecules: MoleculeArrays, source: str, agreement: list[int]) -> dict:
+    """What these data are: counts, ids, units, hashes. Goes into every run's config.json."""
+    index = molecules.index
+    complete = np.array_equal(index, characterized_indices())
+    names = SPLIT_NAMES if complete else ("random",)
+    content = _content_hash(molecules)
+    known = _KNOWN_CONTENT.get(source)
+    if complete and known and content != known:
+        raise UserError(
+            f"The numbers of QM9 from {source!r} hash to {content}, not to {known} as published. "
+            "The files are altered: reinstall the package qm9pack."
+        )
+    return {
+        "dataset": "qm9",
+        "preparation_version": _PREPARATION_VERSION,
+        "source": source,
+        "complete": complete,
+        "molecules": len(index),
+        "atoms": len(molecules.atomic_number),
+        "bonds": len(molecules.bonds),
+        "smiles_and_geometry": {
+            "agree": agreement[0],
+            "heavy_graph_differs": agreement[1],
+            "smiles_unusable": agreement[2],
+        },
+        "units": {"position": "angstrom"} | {t.name: t.source_unit for t in TARGETS.values()},
+        "ids_sha256": hashlib.sha256(index.astype("<i8").tobytes()).hexdigest(),
+        "content_sha256": content,
+        "bonds_sha256": hashlib.sha256(molecules.bonds.tobytes()).hexdigest(),
+        "splits": {name: split_hash(get_split(name, index), index) for name in names},
+    }
+
+
+def _content_hash(molecules: MoleculeArrays) -> str:
+    """SHA-256 over ids, atoms, positions (float32) and properties (rounded to float32)."""
+    digest = hashlib.sha256(molecules.index.astype("<i4").tobytes())
+    digest.update(molecules.node_offset.astype("<i8").tobytes())
+    digest.update(molecules.atomic_number.tobytes())
+    digest.update(molecules.position.astype("<f4").tobytes())
+    digest.update(molecules.properties.astype("<f4").tobytes())
+    return digest.hexdigest()
+
+
+# --- opening -----------------------------------------------------------------------------------
+
+
+def _file_facts(file: pathlib.Path) -> dict:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _open(folder: pathlib.Path) -> tuple[MoleculeArrays, dict]:
+    remedy = f"Delete {folder} to prepare it again."
+    try:
+        passport = json.loads((folder / "passport.json").read_text())
+        for name, expected in passport.pop("files").items():
+            file = folder / "arrays" / f"{name}.npy"
+            found = _file_facts(file)
+            if found != expected:
+                raise UserError(
+                    f"{file} is damaged: {found['bytes']} bytes with SHA-256 "
+                    f"{found['sha256'][:12]}…, but its passport says {expected['bytes']} bytes "
+                    f"with {expected['sha256'][:12]}…. {remedy}"
+                )
+        arrays = {
+            name: np.load(folder / "arrays" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in _FIELDS
+        }
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Prepared data in {folder} cannot be read: {error}. {remedy}") from error
+    return MoleculeArrays(**arrays), passport

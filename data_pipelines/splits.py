@@ -1,0 +1,60 @@
+"""Named splits of QM9, equal to those that other projects publish.
+
+Each is a permutation of the 130,831 characterized molecules in ascending number, cut into
+train, validation and test. Where two projects share sizes they still differ in the
+permutation: never compare errors across splits without saying so.
+"""
+
+import hashlib
+
+import numpy as np
+
+from data_pipelines.qm9_sources import NUM_CHARACTERIZED, characterized_indices
+from demetar.errors import UserError, suggest
+
+# name: (permutation of n positions, molecules for training, for validation); test: the rest.
+_SPLITS = {
+    # Cormorant, EGNN, and TFDS qm9/cormorant.
+    "cormorant": (lambda n: np.random.RandomState(0).permutation(n), 100_000, 17_748),
+    # TFDS qm9/dimenet. (DimeNet's own qm9_eV.npz excludes a slightly different set.)
+    "dimenet": (lambda n: np.random.RandomState(42).permutation(n), 110_000, 10_000),
+    # TorchMD-NET, Equiformer, GotenNet.
+    "torchmd": (lambda n: np.random.default_rng(1).permutation(n), 110_000, 10_000),
+}
+# For data that are not the whole of QM9, such as the sample: 80 % / 10 % / 10 %.
+_FRACTIONS = "random"
+SPLIT_NAMES = (*_SPLITS, _FRACTIONS)
+PARTS = ("train", "validation", "test")
+
+
+def get_split(name: str, index_G: np.ndarray) -> dict[str, np.ndarray]:
+    """Positions into `index_G` (ascending published numbers) of each part, int64."""
+    if name not in SPLIT_NAMES:
+        raise UserError(
+            f"Unknown config.data.split {name!r}.{suggest(name, SPLIT_NAMES)} "
+            f"Known: {', '.join(SPLIT_NAMES)}."
+        )
+    num = len(index_G)
+    if name == _FRACTIONS:
+        order = np.random.RandomState(0).permutation(num)
+        num_train, num_validation = num * 8 // 10, num // 10
+    else:
+        if not np.array_equal(index_G, characterized_indices()):
+            raise UserError(
+                f"Split {name!r} is a permutation of the {NUM_CHARACTERIZED} characterized "
+                f"molecules of QM9, but the data hold {num}"
+                + (" others" if num == NUM_CHARACTERIZED else "")
+                + f". Complete the data, or set config.data.split to {_FRACTIONS!r}."
+            )
+        permutation, num_train, num_validation = _SPLITS[name]
+        order = permutation(num)
+    cuts = np.split(order, [num_train, num_train + num_validation])
+    return dict(zip(PARTS, cuts, strict=True))
+
+
+def split_hash(split: dict[str, np.ndarray], index_G: np.ndarray) -> str:
+    """SHA-256 over the published numbers (int64, from 1) of train, validation and test."""
+    digest = hashlib.sha256()
+    for part in PARTS:
+        digest.update(part.encode() + np.ascontiguousarray(index_G[split[part]], "<i8").tobytes())
+    return digest.hexdigest()

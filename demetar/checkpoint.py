@@ -1,0 +1,199 @@
+"""Checkpoints: saved asynchronously by Orbax, verified by SHA-256 before they are trusted.
+
+The only module that imports Orbax. A checkpoint is the folder `checkpoints/<step>` with the
+state (`TrainState`), a `meta` JSON and, last of all, `manifest.json` with the size and hash
+of every file. A folder without a manifest is a save that was cut off; one that differs from
+its manifest is damaged. Both are set aside, and the one before is used.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from demetar.errors import UserError
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last few, and the best by validation.
+
+    Args:
+      workdir: of the run.
+      keep_last: how many of the newest to keep, at least 2, so that there is always one
+        before the one being written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep_last: int):
+        if keep_last < 2:
+            raise UserError(
+                f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
+                "newest checkpoint falls back to the one before."
+            )
+        self._folder = workdir / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        damaged = self._set_damaged_aside(workdir / "damaged")
+        self._manager = ocp.CheckpointManager(
+            self._folder.absolute(),
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                preservation_policy=preservation_policy.AnyPreservationPolicy(
+                    [
+                        preservation_policy.LatestN(keep_last),
+                        preservation_policy.BestN(
+                            get_metric_fn=lambda metrics: -metrics["score"],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+            ),
+        )
+        if damaged and self._manager.latest_step() is None:
+            raise UserError(
+                f"No checkpoint in {self._folder} is whole; {workdir / 'damaged'} holds what is "
+                "left. Start again with another --workdir, or delete this one."
+            )
+        self._without_manifest: int | None = None
+        self._hashing = concurrent.futures.ThreadPoolExecutor(1, "manifest")
+        self._hashed: concurrent.futures.Future | None = None
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation score; None before the first evaluation."""
+        scores = {
+            step: self._manager.metrics(step)["score"]
+            for step in self._manager.all_steps()
+            if self._manager.metrics(step)
+        }
+        return min(scores, key=lambda step: (scores[step], step)) if scores else None
+
+    def meta(self, step: int) -> dict:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+    def restore(self, step: int, abstract_state):
+        """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._manager.restore(step, args=args).state
+
+    def _set_damaged_aside(self, aside: pathlib.Path) -> bool:
+        """Moves folders that are not whole to `aside`; true if one was damaged, not cut off."""
+        damaged = False
+        for folder in sorted(self._folder.iterdir()):
+            if not (folder.name.isdigit() and folder.is_dir()):
+                continue
+            reason = _what_is_wrong(folder)
+            if reason is None:
+                continue
+            damaged |= (folder / _MANIFEST).exists() or reason.startswith("missing file")
+            print(
+                f"Checkpoint {folder.name} is not whole ({reason}); moved to {aside}. "
+                "Going back to the one before.",
+                file=sys.stderr,
+            )
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / folder.name, ignore_errors=True)
+            folder.rename(aside / folder.name)
+        return damaged
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def save(self, state, meta: dict, score: float | None = None) -> None:
+        """Starts saving; blocks only while arrays are copied. A step saved before is replaced.
+
+        Args:
+          state: a `TrainState`.
+          meta: JSON; config, passport and progress of the run.
+          score: validation score of this state (lower is better), if it was evaluated.
+        """
+        step = int(state.step)
+        self.wait()
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+            metrics=None if score is None else {"score": score},
+            force=True,
+        )
+        self._without_manifest = step
+
+    def poll(self) -> None:
+        """Writes the manifest, in a thread, once the save under way is committed."""
+        if self._without_manifest is None or self._manager.is_saving_in_progress():
+            return
+        self._manager.wait_until_finished()  # raises what went wrong in the background
+        folder = self._folder / str(self._without_manifest)
+        self._without_manifest = None
+        if jax.process_index() == 0:
+            self._hashed = self._hashing.submit(_write_manifest, folder)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk with its manifest."""
+        self._manager.wait_until_finished()
+        self.poll()
+        if self._hashed is not None:
+            self._hashed.result()
+            self._hashed = None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+        self._hashing.shutdown()
+
+
+def _files(folder: pathlib.Path) -> dict[str, dict]:
+    facts = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name != _MANIFEST:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            facts[str(file.relative_to(folder))] = {
+                "bytes": file.stat().st_size,
+                "sha256": digest,
+            }
+    return facts
+
+
+def _write_manifest(folder: pathlib.Path) -> None:
+    unfinished = folder / f".{_MANIFEST}.tmp"
+    with unfinished.open("w") as stream:
+        json.dump({"files": _files(folder)}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(folder / _MANIFEST)
+
+
+def _what_is_wrong(folder: pathlib.Path) -> str | None:
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return "it has no manifest: the save was cut off"
+    except (ValueError, KeyError, OSError) as error:
+        return f"its manifest cannot be read: {error}"
+    found = _files(folder)
+    for name, facts in expected.items():
+        if name not in found:
+            return f"missing file {name}"
+        if found[name] != facts:
+            return (
+                f"{name} has {found[name]['bytes']} bytes with SHA-256 "
+                f"{found[name]['sha256'][:12]}…, its manifest says {facts['bytes']} bytes with "
+                f"{facts['sha256'][:12]}…"
+            )
+    return None

@@ -1,0 +1,76 @@
+"""Configs as data: JSON in and out, and which changes a resume may not survive."""
+
+import json
+import os
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+
+from data_pipelines.qm9 import default_cache_dir
+from demetar.errors import UserError
+
+# A run may be resumed with other values of these: they change no number.
+_FREE = ("log.", "checkpoint.", "mesh.", "data.prefetch", "data.cache_dir", "data.path")
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict:
+    """The resolved config as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json_best_effort())
+
+
+def from_json(fields: dict) -> ml_collections.ConfigDict:
+    """The config of a saved `config.json`; data, never code."""
+    return ml_collections.ConfigDict(fields).lock()
+
+
+def real_dtype(config: ml_collections.ConfigDict) -> np.dtype:
+    """Type of positions, targets and parameters: float32, or float64 if the model computes so."""
+    return np.dtype(np.float64 if config.model.dtype == "float64" else np.float32)
+
+
+def apply_to_jax(config: ml_collections.ConfigDict) -> None:
+    """Process-wide settings of JAX that a config asks for; before any device is used."""
+    jax.config.update("jax_enable_x64", real_dtype(config) == np.float64)
+    if config.mesh.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = pathlib.Path(config.data.cache_dir or default_cache_dir()) / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+
+
+def _flat(fields: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_same_run(saved: dict, today: dict, workdir) -> None:
+    """Refuses to go on with a run whose config or data changed in a way that matters.
+
+    Args:
+      saved: `{"config": ..., "passport": ...}` of the run in `workdir`.
+      today: the same of the command.
+    """
+    old, new = _flat(saved), _flat(today)
+    differing = [
+        f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} today"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+        and not key.removeprefix("config.").startswith(_FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"The run in {workdir} was started with another config:\n"
+            + "\n".join(differing)
+            + "\nUse another --workdir for the new config, or the old values to go on."
+        )

@@ -1,0 +1,112 @@
+"""What follows from a config alone: mesh, data, model, optimizer. Training and evaluation share it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from data_pipelines import pipeline
+from data_pipelines.dataset import Dataset, load_dataset
+from demetar import config as config_lib
+from demetar import sharding
+from demetar.errors import UserError, suggest
+from demetar.models import create_model
+from demetar.optim import learning_rate, make_optimizer
+from demetar.state import TrainState, create_state
+from demetar.task import LOSSES, Normalization, standardize
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run.
+
+    Attributes:
+      config: resolved.
+      mesh: of today's devices.
+      dataset: graphs with targets in reported units, split, buckets, passport.
+      arrays: the same graphs with standardised targets in the type that is computed in.
+      normalization: between the two.
+      model: for one graph.
+      schedule: learning rate of a step.
+      tx: the optax chain.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: jax.sharding.Mesh
+    dataset: Dataset
+    arrays: pipeline.GraphArrays
+    normalization: Normalization
+    model: Any
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+
+    @property
+    def identity(self) -> dict:
+        """What makes two runs the same run, as JSON: `{"config": ..., "passport": ...}`."""
+        return {"config": config_lib.to_json(self.config), "passport": self.dataset.passport}
+
+    def _init(self) -> TrainState:
+        bucket = self.dataset.buckets[0]
+        example = pipeline.gather(self.arrays, np.zeros(1, np.int64), bucket)
+        one = jax.tree.map(lambda x: x[0], example)
+        return create_state(self.model, self.tx, one, self.config.seed)
+
+    def create_state(self) -> TrainState:
+        """A fresh state, born in its shardings."""
+        return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state on today's mesh."""
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            jax.eval_shape(self._init),
+        )
+
+
+def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
+    """Builds all parts; whatever in the config is wrong is a `UserError` here."""
+    mesh = sharding.make_mesh(config.mesh.data)
+    _check(config, mesh)
+    dataset = load_dataset(**config.data)
+    arrays, normalization = standardize(dataset, config_lib.real_dtype(config))
+    optim, num_steps = config.optim, config.train.num_steps
+    schedule = learning_rate(
+        optim.schedule, optim.learning_rate, optim.warmup_steps, num_steps, optim.final_fraction
+    )
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        dataset=dataset,
+        arrays=arrays,
+        normalization=normalization,
+        model=create_model(
+            target_readouts=tuple(t.readout for t in dataset.targets), **config.model
+        ),
+        schedule=schedule,
+        tx=make_optimizer(schedule, optim.b1, optim.b2, optim.weight_decay, optim.clip_norm),
+    )
+
+
+def _check(config: ml_collections.ConfigDict, mesh) -> None:
+    """Refuses now what could only fail later."""
+    data, train = config.data, config.train
+    sharding.check_batch_size("config.data.batch_size", data.batch_size, mesh, train.accumulation)
+    sharding.check_batch_size("config.data.eval_batch_size", data.eval_batch_size, mesh)
+    if train.loss not in LOSSES:
+        raise UserError(
+            f"Unknown config.train.loss {train.loss!r}.{suggest(train.loss, LOSSES)} "
+            f"Known: {', '.join(LOSSES)}."
+        )
+    for group, key in (
+        ("train", "num_steps"),
+        ("train", "eval_every"),
+        ("train", "accumulation"),
+        ("checkpoint", "every_steps"),
+        ("log", "every_steps"),
+    ):
+        if config[group][key] < 1:
+            raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")

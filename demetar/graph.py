@@ -1,0 +1,67 @@
+"""The one data structure: a padded graph, and the letters its dimensions carry.
+
+Letters in names such as `x_NxD`, everywhere in the project:
+
+    B  graphs of a batch          D  features (model width)
+    N  nodes of a graph, padded   H  attention heads
+    E  edges of a graph, padded   K  radial basis functions
+    G  graphs of a data set       T  targets
+
+Invariant: slots past a graph's own nodes and edges are masked, and whatever they hold
+(zeros or junk) changes no output, loss or gradient bit.
+"""
+
+from typing import Any
+
+import flax.struct
+
+Array = Any  # numpy on the host, jax inside a step
+
+
+@flax.struct.dataclass
+class Graph:
+    """One padded graph; a batch has the same fields with a leading axis B.
+
+    Every pair of atoms that forms an edge is stored once, with `senders < receivers`.
+    Bond types and lengths are the same in both directions, and a softmax over keys that
+    all appear twice equals the softmax over single ones: mirrored edges would double the
+    work, quadruple edge attention, and change nothing. A model whose messages differ by
+    direction mirrors them itself.
+
+    Attributes:
+      position: [N, 3] float, angstrom.
+      atomic_number: [N] int32; 0 in padding.
+      node_mask: [N] bool, true for real atoms.
+      senders: [E] int32, index of an edge's first atom.
+      receivers: [E] int32, index of its second atom.
+      edge_type: [E] int32, a `BondType` (0: no chemical bond).
+      edge_mask: [E] bool, true for real edges.
+      target: [T] float, in reported units (see `data_pipelines.targets`).
+      graph_mask: [] bool, false for a graph that only fills up a batch.
+      index: [] int32, the molecule's published number; 0 in padding.
+    """
+
+    position: Array
+    atomic_number: Array
+    node_mask: Array
+    senders: Array
+    receivers: Array
+    edge_type: Array
+    edge_mask: Array
+    target: Array
+    graph_mask: Array
+    index: Array
+
+
+def without_padding_values(graph: Graph) -> Graph:
+    """One graph with zeros in every padded slot, so that junk (even nan) cannot spread."""
+    import jax.numpy as jnp
+
+    node, edge = graph.node_mask, graph.edge_mask
+    return graph.replace(
+        position=jnp.where(node[:, None], graph.position, 0),
+        atomic_number=jnp.where(node, graph.atomic_number, 0),
+        senders=jnp.where(edge, graph.senders, 0),
+        receivers=jnp.where(edge, graph.receivers, 0),
+        edge_type=jnp.where(edge, graph.edge_type, 0),
+    )

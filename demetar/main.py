@@ -1,0 +1,42 @@
+"""Trains a model.
+
+    python -m demetar.main --config=configs/qm9.py[:variant] [--workdir=DIR] [--config.key=value]
+
+The config file is Python and is executed. The same command goes on with a run that was
+stopped. Exit codes: see `demetar.errors`.
+"""
+
+import pathlib
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from demetar import interrupt
+from demetar.config import apply_to_jax
+from demetar.errors import exits_cleanly
+from demetar.train import train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config>.")
+
+
+def _default_workdir() -> pathlib.Path:
+    """`runs/qm9-quick` for `--config=configs/qm9.py:quick`."""
+    file, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    name = pathlib.Path(file).stem
+    return pathlib.Path("runs") / (f"{name}-{variant.replace(',', '-')}" if variant else name)
+
+
+@exits_cleanly
+def _main(argv) -> None:
+    del argv
+    logging.set_verbosity(logging.WARNING)  # what a person should see is said by writers.say
+    interruption = interrupt.install()
+    apply_to_jax(_CONFIG.value)
+    workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir()
+    train_and_evaluate(_CONFIG.value, workdir, interruption)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(_main)

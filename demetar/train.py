@@ -1,0 +1,307 @@
+"""The training loop: the file to read first, top to bottom.
+
+`train_and_evaluate(config, workdir)` starts a run or goes on with the one in `workdir`; both
+are the same code path. Everything of a run is a function of its config and the step: the
+data order (`data_pipelines.plan`), the randomness (`fold_in(seed, step)`), when to log,
+evaluate and save. What is neither (best score, plateau) is `progress`, saved with the state.
+"""
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from data_pipelines import pipeline
+from data_pipelines.plan import BatchPlan
+from demetar import config as config_lib
+from demetar import report, sharding, writers
+from demetar.checkpoint import Checkpoints
+from demetar.errors import Interrupted, NonFiniteLoss, UserError
+from demetar.evaluation import Evaluator, save_result
+from demetar.experiment import Experiment, build_experiment
+from demetar.interrupt import Interruption
+from demetar.optim import plateau_step
+from demetar.state import TrainState
+from demetar.step import CompiledPerBucket, StepSums, make_train_step
+from demetar.task import LOSSES
+from demetar.writers import say
+
+
+def train_and_evaluate(
+    config, workdir: pathlib.Path, interruption: Interruption
+) -> dict:
+    """Trains to `config.train.num_steps`, evaluates the best weights once on test.
+
+    Returns:
+      What `result.json` holds.
+    """
+    start_time = time.perf_counter()
+
+    ### Data, mesh, model, optimizer: all that follows from the config alone.
+    experiment = build_experiment(config)
+    prepare_workdir(workdir, experiment.identity)
+    if (workdir / "result.json").exists():
+        say(f"The run in {workdir} is finished: see result.json. Nothing to do.")
+        return report.read_json(workdir / "result.json")
+    plan = BatchPlan(
+        experiment.arrays.sizes,
+        experiment.dataset.split["train"],
+        experiment.dataset.buckets,
+        config.data.batch_size,
+        config.seed,
+    )
+    train_step = compiled_train_step(experiment)
+    evaluator = Evaluator(experiment, interruption)
+
+    ### State: restored from this workdir or, where there is nothing, created.
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep_last)
+    first_step = checkpoints.latest_step() or 0
+    if checkpoints.latest_step() is None:
+        state = experiment.create_state()
+        progress = new_progress(len(experiment.dataset.targets))
+    else:
+        meta = checkpoints.meta(first_step)
+        config_lib.check_same_run(meta, experiment.identity, workdir)
+        state = checkpoints.restore(first_step, experiment.abstract_state())
+        progress = meta["progress"]
+    print_card(experiment, workdir, plan, state, first_step)
+
+    ### The loop.
+    num_steps = config.train.num_steps
+    write = writers.Writers(workdir, first_step, progress["last_eval_step"])
+    pace = writers.Pace(first_step, num_steps)
+    train_iter = pipeline.batches(
+        experiment.arrays,
+        plan,
+        sharding.process_rows(experiment.mesh, config.data.batch_size),
+        range(first_step, num_steps),
+        config.data.prefetch_threads,
+        config.data.prefetch_batches,
+    )
+    step, saved_step = first_step, first_step
+    pending: StepSums | None = None  # sums of the step before, still on the device
+
+    def save(score=None):
+        nonlocal saved_step
+        checkpoints.save(state, experiment.identity | {"progress": progress}, score)
+        saved_step = step
+
+    with interruption.deferred():
+        while True:
+            # The host reads the sums of step k after step k + 1 is dispatched; before it
+            # evaluates, saves or logs it must have them all.
+            evaluates = step > progress["last_eval_step"] and (
+                step == num_steps or (step > 0 and step % config.train.eval_every == 0)
+            )
+            saves = step > saved_step and step % config.checkpoint.every_steps == 0
+            logs = step > first_step and (step % config.log.every_steps == 0 or step == num_steps)
+            if pending is not None and (evaluates or saves or logs or interruption.requested):
+                pace.add(accumulate(progress, pending, experiment, plan, step))
+                pending = None
+            if logs:
+                log_train(write, progress, pace, experiment, step)
+            score = evaluate(evaluator, state, step, progress, write) if evaluates else None
+            if score is not None:
+                if config.optim.schedule == "plateau":
+                    plateau = config.optim.plateau
+                    plateau_step(
+                        progress, score, plateau.factor, plateau.patience, plateau.min_scale
+                    )
+                save(score)
+            elif saves or (interruption.requested and step > saved_step):
+                save()
+            if interruption.requested or step == num_steps:
+                break
+
+            bucket, graphs = next(train_iter)
+            batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size)
+            lr_scale = np.float32(progress["lr_scale"])
+            state, sums = train_step(bucket, state, batch, lr_scale)
+            step += 1
+            if step == first_step + 1:
+                jax.block_until_ready(sums)
+                say(
+                    f"First step after {time.perf_counter() - start_time:.1f} s, of which "
+                    f"{train_step.compile_seconds:.1f} s compiling its bucket."
+                )
+            if pending is not None:
+                pace.add(accumulate(progress, pending, experiment, plan, step - 1))
+            pending = sums
+            checkpoints.poll()
+
+    ### The end.
+    checkpoints.wait()
+    write.close()
+    if interruption.requested and step < num_steps:
+        checkpoints.close()
+        raise Interrupted(
+            f"Stopped by {interruption.requested} after step {step} of {num_steps}, saved in "
+            f"{workdir}."
+        )
+    best_step = checkpoints.best_step()
+    best = checkpoints.restore(best_step, experiment.abstract_state())
+    result = save_result(
+        workdir,
+        evaluator,
+        ema=best.ema,
+        step=best_step,
+        final_params=state.params,
+        identity=experiment.identity,
+        progress=progress,
+    )
+    checkpoints.close()
+    return result
+
+
+# --- the pieces, in the order of their use -------------------------------------------------------
+
+
+def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
+    """Creates the folder and its config.json; refuses one of another run or unwritable."""
+    file = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
+        if file.exists() and started:
+            config_lib.check_same_run(report.read_json(file), identity, workdir)
+        writers.write_json(file, identity)
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} cannot be written: {error}. Choose another --workdir."
+        ) from error
+
+
+def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
+    """The train step, compiled once per bucket: state donated, shardings fixed."""
+    config, mesh = experiment.config, experiment.mesh
+    step = make_train_step(
+        experiment.model,
+        experiment.tx,
+        LOSSES[config.train.loss],
+        seed=config.seed,
+        ema_decay=config.optim.ema_decay,
+        accumulation=config.train.accumulation,
+    )
+    everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
+    sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split)
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(everywhere, split, everywhere),
+        out_shardings=(everywhere, sums),
+    )
+    return CompiledPerBucket(jitted, len(experiment.dataset.buckets))
+
+
+def new_progress(num_targets: int) -> dict:
+    """State of a run that is neither data position nor arrays; saved with every checkpoint."""
+    return {
+        "best_score": float("inf"),
+        "best_step": 0,
+        "last_eval_step": 0,
+        "plateau_best": float("inf"),
+        "plateau_bad": 0,
+        "lr_scale": 1.0,
+        "train_seconds": 0.0,
+        "window": {"loss": 0.0, "errors": [0.0] * num_targets, "count": 0.0, "grad_norm": 0.0},
+    }
+
+
+def accumulate(
+    progress: dict, sums: StepSums, experiment: Experiment, plan: BatchPlan, step: int
+) -> int:
+    """Adds the sums of `step` to the window since the last log line; returns its graphs.
+
+    Stops the run if the loss or the gradient is not finite.
+    """
+    loss, grad_norm = float(sums.loss), float(sums.grad_norm)
+    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+        raise NonFiniteLoss(
+            f"Step {step}: the loss is {loss}, the norm of the gradient {grad_norm}. "
+            f"{blame(sums, experiment, plan, step)} Nothing of this step was saved. Look at these "
+            "molecules, lower config.optim.learning_rate or config.optim.clip_norm, or raise "
+            "config.optim.warmup_steps."
+        )
+    window = progress["window"]
+    window["loss"] += loss
+    window["grad_norm"] = grad_norm
+    window["count"] += float(sums.errors.count)
+    total = np.asarray(sums.errors.total, np.float64)
+    window["errors"] = [a + float(b) for a, b in zip(window["errors"], total, strict=True)]
+    return round(float(sums.errors.count))
+
+
+def blame(sums: StepSums, experiment: Experiment, plan: BatchPlan, step: int) -> str:
+    """Which molecules (of this process's rows) made a step not finite."""
+    _, graphs_B = plan[step - 1]
+    bad = []
+    for shard in sums.graph_loss.addressable_shards:
+        graphs = graphs_B[shard.index]
+        bad += graphs[~np.isfinite(np.asarray(shard.data))].tolist()
+    numbers = lambda graphs: ", ".join(str(experiment.arrays.index[g]) for g in graphs[:16])
+    if bad:
+        return f"Not finite: molecules {numbers(bad)}{' ...' if len(bad) > 16 else ''}."
+    return f"Each loss is finite; the batch is molecules {numbers(graphs_B[graphs_B >= 0])} ...."
+
+
+def log_train(write, progress: dict, pace, experiment: Experiment, step: int) -> None:
+    """One line of metrics and one for the person who watches; starts a new window."""
+    window, targets = progress["window"], experiment.dataset.targets
+    num_steps = experiment.config.train.num_steps
+    count = max(window["count"], 1.0)
+    mae = np.array(window["errors"]) / count * experiment.normalization.scale
+    values = {"loss": window["loss"] / count, "grad_norm": window["grad_norm"]}
+    values |= {f"{t.name}_mae": m for t, m in zip(targets, mae.tolist(), strict=True)}
+    values["learning_rate"] = float(experiment.schedule(step - 1)) * progress["lr_scale"]
+    write.write(step, "train", values)
+    progress["window"] = new_progress(len(mae))["window"]
+    rate, left = pace.lap(step)
+    errors = ", ".join(
+        f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True)
+    )
+    say(
+        f"step {step}/{num_steps}  train MAE {errors}  lr {values['learning_rate']:.2e}  "
+        f"{rate:.0f} molecules/s  ETA {writers.duration(left)}"
+    )
+
+
+def evaluate(evaluator: Evaluator, state: TrainState, step: int, progress: dict, write):
+    """Validation error of the averaged weights; None if a signal cut it short."""
+    start = time.perf_counter()
+    outcome = evaluator.run(state.ema, "validation")
+    if outcome is None:
+        return None  # a resume evaluates this step again
+    score, values = outcome.score, outcome.values()
+    write.write(step, "validation", values | {"score": score})
+    progress["last_eval_step"] = step
+    best = score < progress["best_score"]
+    if best:
+        progress["best_score"], progress["best_step"] = score, step
+    say(
+        f"step {step}  validation MAE {outcome.text()}{'  (best)' if best else ''}  "
+        f"{outcome.count} molecules in {time.perf_counter() - start:.1f} s"
+    )
+    return score
+
+
+def print_card(
+    experiment: Experiment, workdir: pathlib.Path, plan: BatchPlan, state: TrainState, step: int
+) -> None:
+    """What runs, on what, from what: once, at the start."""
+    config, mesh, dataset = experiment.config, experiment.mesh, experiment.dataset
+    passport, split = dataset.passport, dataset.split
+    buckets = ", ".join(f"{b.num_nodes}/{b.num_edges}" for b in plan.buckets)
+    bonds = passport["smiles_and_geometry"]
+    say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    say(
+        f"""demetar  {workdir}  {"resumed at" if step else "starts at"} step {step}
+  devices   {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {dict(mesh.shape)}
+  data      {passport["dataset"]} from {passport["source"]}: {passport["molecules"]} molecules, content {passport["content_sha256"][:12]}
+  bonds     SMILES and geometry agree for {bonds["agree"]}; SMILES kept against the heavy-atom graph for {bonds["heavy_graph_differs"]}; from distances for {bonds["smiles_unusable"]}
+  targets   {", ".join(f"{t.name} [{t.unit}]" for t in dataset.targets)}
+  split     {config.data.split}: {len(split["train"])} train, {len(split["validation"])} validation, {len(split["test"])} test
+  batches   {plan.batch_size} molecules, {plan.steps_per_epoch} steps an epoch, {config.train.num_steps} steps
+  buckets   {buckets} (nodes/edges); {plan.node_efficiency:.1%} of node slots hold atoms"""
+    )
