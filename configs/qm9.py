@@ -108,7 +108,7 @@ def _quick(config: ConfigDict) -> None:
     config.model.update(
         {
             "width": 64,
-            "num_heads": 4,
+            "num_heads": 8,
             "edge_layers": 2,
             "node_layers": 1,
             "joint_layers": 3,
@@ -118,8 +118,8 @@ def _quick(config: ConfigDict) -> None:
             "edge_attention": "full",
         }
     )
-    config.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 200, "weight_decay": 1e-2})
-    config.train.update({"num_steps": 12_000, "eval_every": 2_000})
+    config.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 300, "weight_decay": 1e-2})
+    config.train.update({"num_steps": 10_000, "eval_every": 2_500})
     config.checkpoint.every_steps = 500
     config.log.every_steps = 200
     config.mesh.cpu_devices = 2

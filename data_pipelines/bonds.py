@@ -12,6 +12,7 @@ Both counts go into the data passport.
 """
 
 import enum
+import functools
 
 import numpy as np
 
@@ -42,67 +43,58 @@ class Agreement(enum.IntEnum):
     SMILES_UNUSABLE = 2  # bonds from distances, all single
 
 
+# BondType by twice the bond order that RDKit gives: 1, 1.5 (aromatic), 2, 3.
+_TYPE_OF_TWICE_ORDER = np.zeros(7, np.uint8)
+_TYPE_OF_TWICE_ORDER[[2, 3, 4, 6]] = (
+    BondType.SINGLE,
+    BondType.AROMATIC,
+    BondType.DOUBLE,
+    BondType.TRIPLE,
+)
+
+
 def find_bonds(
     smiles: str, atomic_numbers_N: np.ndarray, positions_Nx3: np.ndarray
 ) -> tuple[np.ndarray, Agreement]:
     """Bonds `[b, 3]` uint8 rows (i, j, BondType) with i < j, ascending, and the agreement."""
-    distance_NxN = np.linalg.norm(positions_Nx3[:, None] - positions_Nx3[None], axis=-1)
-    near_NxN = _near(atomic_numbers_N, distance_NxN)
+    difference = positions_Nx3[:, None] - positions_Nx3[None]
+    distance_NxN = np.sqrt(np.einsum("ijc,ijc->ij", difference, difference))
+    radius_N = _RADII[atomic_numbers_N]
+    near_NxN = np.triu(distance_NxN < _TOLERANCE * (radius_N[:, None] + radius_N[None]), 1)
     heavy = np.flatnonzero(atomic_numbers_N > 1)
     hydrogen = np.flatnonzero(atomic_numbers_N == 1)
-    from_smiles = _heavy_bonds_of_smiles(smiles)
+    from_smiles = _heavy_atoms_of_smiles(smiles)
     if from_smiles is not None and np.array_equal(from_smiles[0], atomic_numbers_N[heavy]):
-        _, hydrogens, smiles_bonds = from_smiles
+        _, hydrogens, order = from_smiles
         owner = distance_NxN[np.ix_(hydrogen, heavy)].argmin(axis=1)
         if np.array_equal(np.bincount(owner, minlength=len(heavy)), hydrogens):
-            near = np.argwhere(np.triu(near_NxN[np.ix_(heavy, heavy)]))
-            same = {tuple(pair) for pair in near} == {(i, j) for i, j, _ in smiles_bonds}
-            bonds = [(heavy[i], heavy[j], kind) for i, j, kind in smiles_bonds]
-            bonds += [
-                (*sorted((heavy[o], h)), BondType.SINGLE)
-                for h, o in zip(hydrogen, owner, strict=True)
-            ]
-            return (
-                np.array(sorted(bonds), np.uint8).reshape(-1, 3),
-                Agreement.AGREE if same else Agreement.HEAVY_GRAPH_DIFFERS,
-            )
-    pairs = np.argwhere(np.triu(near_NxN))
+            i, j = np.nonzero(np.triu(order))
+            kind = _TYPE_OF_TWICE_ORDER[(2 * order[i, j]).astype(int)]
+            owner = heavy[owner]
+            ends = np.concatenate([heavy[i], owner]), np.concatenate([heavy[j], hydrogen])
+            kinds = np.concatenate([kind, np.full(len(hydrogen), BondType.SINGLE)])
+            bonds = np.stack([np.minimum(*ends), np.maximum(*ends), kinds], axis=1)
+            bonds = bonds[np.argsort(bonds[:, 0] * 256 + bonds[:, 1])].astype(np.uint8)
+            same = np.array_equal(near_NxN[np.ix_(heavy, heavy)], np.triu(order) > 0)
+            return bonds, Agreement.AGREE if same else Agreement.HEAVY_GRAPH_DIFFERS
+    pairs = np.argwhere(near_NxN)
     types = np.full((len(pairs), 1), BondType.SINGLE)
     return np.concatenate([pairs, types], axis=1).astype(np.uint8), Agreement.SMILES_UNUSABLE
 
 
-def _near(atomic_numbers_N: np.ndarray, distance_NxN: np.ndarray) -> np.ndarray:
-    radius_N = _RADII[atomic_numbers_N]
-    near = distance_NxN < _TOLERANCE * (radius_N[:, None] + radius_N[None])
-    np.fill_diagonal(near, False)
-    return near
-
-
-def _heavy_bonds_of_smiles(smiles: str):
-    """(atomic numbers, hydrogens per atom, bonds) of the heavy atoms, or None if unreadable."""
-    from rdkit import Chem, RDLogger  # the extra `qm9`; needed only to prepare
+@functools.cache
+def _rdkit():
+    from rdkit import Chem, RDLogger  # slow to import, and needed only to prepare
 
     RDLogger.DisableLog("rdApp.*")
-    molecule = Chem.MolFromSmiles(smiles)
+    return Chem
+
+
+def _heavy_atoms_of_smiles(smiles: str):
+    """(atomic numbers, hydrogens per atom, bond orders [n, n]), or None if unreadable."""
+    molecule = _rdkit().MolFromSmiles(smiles)
     if molecule is None:
         return None
-    heavy = [a for a in molecule.GetAtoms() if a.GetAtomicNum() > 1]
-    types = {
-        Chem.BondType.SINGLE: BondType.SINGLE,
-        Chem.BondType.DOUBLE: BondType.DOUBLE,
-        Chem.BondType.TRIPLE: BondType.TRIPLE,
-        Chem.BondType.AROMATIC: BondType.AROMATIC,
-    }
-    bonds = [
-        (
-            min(b.GetBeginAtomIdx(), b.GetEndAtomIdx()),
-            max(b.GetBeginAtomIdx(), b.GetEndAtomIdx()),
-            types[b.GetBondType()],
-        )
-        for b in molecule.GetBonds()
-    ]
-    return (
-        np.array([a.GetAtomicNum() for a in heavy]),
-        np.array([a.GetTotalNumHs() for a in heavy], np.int64),
-        bonds,
-    )
+    atoms = [(a.GetAtomicNum(), a.GetTotalNumHs()) for a in molecule.GetAtoms()]
+    numbers, hydrogens = np.array(atoms).reshape(-1, 2).T
+    return numbers, hydrogens, _rdkit().GetAdjacencyMatrix(molecule, useBO=True)

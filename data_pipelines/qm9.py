@@ -32,7 +32,7 @@ from demetar.errors import UserError, suggest
 _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
 SAMPLE_FILE = pathlib.Path(__file__).parent / "qm9_sample.xyz.tar.bz2"
 # What a float32-rounded, complete QM9 from qm9pack 1.0.x hashes to; see `_content_hash`.
-_KNOWN_CONTENT = {"qm9pack": "TO_BE_PINNED"}
+_KNOWN_CONTENT = {"qm9pack": "e66e84f487dcf3a9ec66e87c2cb3c1e76f28af2c53fa09edf60047fb6790168e"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,73 +154,34 @@ def _build_records(molecules, data_dir: pathlib.Path) -> list[int]:
     """Writes ArrayRecord files through TFDS; returns how many molecules per `Agreement`."""
     import tensorflow_datasets as tfds  # heavy, and only needed to prepare
 
-    from data_pipelines.bonds import Agreement, find_bonds
-
-    agreement = [0] * len(Agreement)
-    seen = set()
-
-    class Qm9(tfds.core.GeneratorBasedBuilder):
-        """QM9 with typed bonds; unpadded, energies exact."""
-
-        VERSION = tfds.core.Version(f"{_PREPARATION_VERSION}.0.0")
-
-        def _info(self):
-            exact = tfds.features.Encoding.BYTES  # else TFDS stores float64 as float32
-            tensor = tfds.features.Tensor
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="QM9 as published, without the 3,054 uncharacterized molecules.",
-                homepage="https://doi.org/10.6084/m9.figshare.c.978904.v5",
-                disable_shuffling=True,
-                features=tfds.features.FeaturesDict(
-                    {
-                        "index": tensor(shape=(), dtype=np.int64),
-                        "atomic_number": tensor(shape=(None,), dtype=np.uint8, encoding=exact),
-                        "position": tensor(shape=(None, 3), dtype=np.float32, encoding=exact),
-                        "bonds": tensor(shape=(None, 3), dtype=np.uint8, encoding=exact),
-                        "properties": tensor(
-                            shape=(len(TARGET_NAMES),), dtype=np.float64, encoding=exact
-                        ),
-                        "smiles": tfds.features.Text(),
-                    }
-                ),
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"molecules": self._generate_examples()}
-
-        def _generate_examples(self):
-            progress = tqdm(molecules, "Preparing QM9", NUM_CHARACTERIZED, unit=" molecules")
-            for molecule in progress:
-                _check(molecule, seen)
-                bonds, how = find_bonds(
-                    molecule.smiles, molecule.atomic_numbers, molecule.positions
-                )
-                agreement[how] += 1
-                yield molecule.index, {
-                    "index": molecule.index,
-                    "atomic_number": molecule.atomic_numbers,
-                    "position": molecule.positions.astype(np.float32),
-                    "bonds": bonds,
-                    "properties": molecule.properties,
-                    "smiles": molecule.smiles,
-                }
+    from data_pipelines.qm9_builder import Qm9
 
     tfds.display_progress_bar(False)
-    builder = Qm9(data_dir=data_dir, file_format="array_record")
+    builder = Qm9(_checked(molecules), data_dir=data_dir, file_format="array_record")
     download_config = tfds.download.DownloadConfig(
         num_shards=1, compute_stats=tfds.download.ComputeStatsMode.SKIP
     )
     with contextlib.redirect_stdout(io.StringIO()):  # it would speak of downloading
         builder.download_and_prepare(download_config=download_config)
-    return agreement
+    return builder.agreement
 
 
-def _check(molecule, seen: set[int]) -> None:
+def _checked(molecules):
+    """Refuses what would poison a training run; shows the progress."""
+    last = 0
+    for molecule in tqdm(molecules, "Preparing QM9", NUM_CHARACTERIZED, unit=" molecules"):
+        if molecule.index <= last:
+            raise UserError(
+                f"Molecule {molecule.index} follows molecule {last}: the source must be in "
+                "ascending order, each molecule once."
+            )
+        last = molecule.index
+        _check(molecule)
+        yield molecule
+
+
+def _check(molecule) -> None:
     index = molecule.index
-    if index in seen:
-        raise UserError(f"Molecule {index} appears twice in the source.")
-    seen.add(index)
     for name, values in (
         ("coordinate", molecule.positions),
         ("property", molecule.properties),

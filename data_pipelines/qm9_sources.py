@@ -166,10 +166,10 @@ def read_raw(path: str) -> Iterator[Molecule]:
         )
     excluded = excluded_indices()
     files = _raw_folder(location) if location.is_dir() else _raw_archive(location)
-    for name, text in files:
-        molecule = parse_raw_xyz(text, name)
-        if molecule.index not in excluded:
-            yield molecule
+    molecules = (parse_raw_xyz(text, name) for name, text in files)
+    if not location.is_dir():  # an archive may hold its files in any order
+        molecules = sorted(molecules, key=lambda molecule: molecule.index)
+    yield from (molecule for molecule in molecules if molecule.index not in excluded)
 
 
 def _raw_folder(folder: pathlib.Path) -> Iterable[tuple[str, str]]:

@@ -3,8 +3,8 @@
 The seed's architecture (its Figure 1 and Equations 9 to 11) for graph-level targets:
 
     edge tokens --p layers--> cross-attention: atoms query their own edges (Eq. 9)   Z_e
-    node tokens --r layers--------------------------------------------------- (Eq. 10) Z_n
-    Z_e + Z_n  (Eq. 11), with a [CLS] token  --h layers--> read-out
+    [CLS] and node tokens --r layers------------------------------------------ (Eq. 10) Z_n
+    Z_e + Z_n  (Eq. 11)  --h layers--> read-out
 
 Everything the tokens see is invariant under rotation, reflection and translation
 (distances, types), and no token has a position in a sequence, so the output is invariant
@@ -24,9 +24,10 @@ from demetar.models.layers import (
     Block,
     Dense,
     Embed,
-    LayerNorm,
     Mlp,
     gaussian_basis,
+    layer_norm,
+    mask_bias,
     safe_norm,
 )
 
@@ -46,7 +47,7 @@ class Demetar(nn.Module):
       num_heads: H; divides `width`.
       edge_layers: p, transformer layers over edge tokens.
       node_layers: r, over node tokens.
-      joint_layers: h, over the sum of both and [CLS].
+      joint_layers: h, over the sum of both.
       mlp_ratio: hidden width of the MLPs over D.
       num_radial: K, Gaussians that a distance is expanded in.
       radial_cutoff: angstrom, the last Gaussian's centre.
@@ -80,33 +81,20 @@ class Demetar(nn.Module):
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
         """One graph -> [T]. Dropout, if any, draws from the rng stream `dropout`."""
         graph = without_padding_values(graph)
-        node_mask_N = graph.node_mask
-        attend_NxN = node_mask_N[:, None] & node_mask_N[None]
-        bias = self._pair_biases(graph) if self.pair_bias else [None] * self._num_biased
+        # Token 0 is [CLS], at no distance from anything: it sees every atom, and all see it.
+        token_mask_N = jnp.pad(graph.node_mask, (1, 0), constant_values=True)
+        bias = self._biases(graph, token_mask_N)
 
-        node_NxD = self._node_tokens(graph)
-        enriched_NxD = self._edge_enrichment(graph, node_NxD, deterministic)
+        x_NxD = self._tokens(graph)
+        enriched_NxD = self._edge_enrichment(graph, x_NxD, deterministic)
         for layer in range(self.node_layers):
-            node_NxD = self._block(f"node_{layer}")(
-                node_NxD, attend_NxN, bias[layer], deterministic
-            )
-        joint_NxD = node_NxD + enriched_NxD  # Equation 11
-
-        # [CLS] is token 0: it sees every atom and every atom sees it, at no distance.
-        cls_1xD = self.param("cls", nn.initializers.normal(0.02), (1, self.width))
-        x_NxD = jnp.concatenate([cls_1xD.astype(self.dtype), joint_NxD])
-        mask_N = jnp.concatenate([jnp.ones((1,), bool), node_mask_N])
-        attend = mask_N[:, None] & mask_N[None]
+            x_NxD = self._block(f"node_{layer}")(x_NxD, bias[layer], deterministic)
+        x_NxD = x_NxD + enriched_NxD  # Equation 11
         for layer in range(self.joint_layers):
             b = bias[self.node_layers + layer]
-            b = None if b is None else jnp.pad(b, ((0, 0), (1, 0), (1, 0)))
-            x_NxD = self._block(f"joint_{layer}")(x_NxD, attend, b, deterministic)
-        x_NxD = LayerNorm(name="final_norm")(x_NxD)
-        return self._read_out(x_NxD[0], x_NxD[1:], node_mask_N)
-
-    @property
-    def _num_biased(self) -> int:
-        return self.node_layers + self.joint_layers
+            x_NxD = self._block(f"joint_{layer}")(x_NxD, b, deterministic)
+        x_NxD = layer_norm(x_NxD)
+        return self._read_out(x_NxD[0], x_NxD[1:], graph.node_mask)
 
     def _block(self, name: str) -> Block:
         return Block(
@@ -116,31 +104,38 @@ class Demetar(nn.Module):
     def _radial(self, distance: Array) -> Array:
         return gaussian_basis(distance, self.num_radial, self.radial_cutoff).astype(self.dtype)
 
-    def _pair_biases(self, graph: Graph) -> list[Array]:
-        """Logit biases `[H, N, N]`, one for each node and joint layer, from all distances."""
+    def _biases(self, graph: Graph, token_mask_N: Array) -> Array:
+        """Logit bias of each node and joint layer, `[layers, 1 or H, 1 or N, N]`.
+
+        Masks padded keys and, with `pair_bias`, adds a learned function of all distances.
+        """
+        num_layers = self.node_layers + self.joint_layers
+        mask_NxN = mask_bias(token_mask_N)[None]
+        if not self.pair_bias:
+            return jnp.broadcast_to(mask_NxN, (num_layers, 1, *mask_NxN.shape))
         x_Nx3 = graph.position
         distance_NxN = safe_norm(x_Nx3[:, None] - x_Nx3[None])
-        dense = Dense(self._num_biased * self.num_heads, dtype=self.dtype, name="pair_bias")
+        # So far away that every Gaussian is 0: [CLS] is at no distance.
+        distance_NxN = jnp.pad(distance_NxN, (1, 0), constant_values=1e3)
+        dense = Dense(num_layers * self.num_heads, dtype=self.dtype, name="pair_bias")
         b_NxNxF = dense(self._radial(distance_NxN)).astype(distance_NxN.dtype)
-        num_nodes = x_Nx3.shape[0]
-        return list(
-            b_NxNxF.transpose(2, 0, 1).reshape(
-                self._num_biased, self.num_heads, num_nodes, num_nodes
-            )
-        )
+        b_FxNxN = b_NxNxF.transpose(2, 0, 1) + mask_NxN
+        return b_FxNxN.reshape(num_layers, self.num_heads, *distance_NxN.shape)
 
-    def _node_tokens(self, graph: Graph) -> Array:
-        """Atom type and distance to the centre of mass, the seed's F_n: `[N, D]`."""
+    def _tokens(self, graph: Graph) -> Array:
+        """[CLS], then for each atom its type and distance to the centre of mass (F_n)."""
         mass_N = jnp.asarray(_MASSES, graph.position.dtype)[graph.atomic_number]
         total = jnp.maximum(mass_N.sum(), 1e-6)  # 0 only in an all-padding graph
         com_3 = mass_N @ graph.position / total
         distance_N = safe_norm(graph.position - com_3)
         atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="atom")
         radial = Dense(self.width, dtype=self.dtype, name="distance_to_com")
-        return atom(graph.atomic_number) + radial(self._radial(distance_N))
+        node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
+        cls_1xD = self.param("cls", nn.initializers.normal(1.0), (1, self.width))
+        return jnp.concatenate([cls_1xD.astype(self.dtype), node_NxD])
 
-    def _edge_enrichment(self, graph: Graph, node_NxD: Array, deterministic: bool) -> Array:
-        """Edge encoder and cross-attention of each atom to its own edges (Eq. 9): `[N, D]`."""
+    def _edge_enrichment(self, graph: Graph, x_NxD: Array, deterministic: bool) -> Array:
+        """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
         s_E, r_E, mask_E = graph.senders, graph.receivers, graph.edge_mask
         distance_E = safe_norm(graph.position[s_E] - graph.position[r_E])
         kind = Embed(NUM_EDGE_TYPES, self.width, dtype=self.dtype, name="bond")
@@ -150,17 +145,16 @@ class Demetar(nn.Module):
             # The sum does not depend on which end of an edge is called the sender.
             atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="edge_atom")
             edge_ExD += atom(graph.atomic_number[s_E]) + atom(graph.atomic_number[r_E])
-        attend_ExE = mask_E[:, None] & mask_E[None]
+        attend_ExE = mask_E[None]
         if self.edge_attention == "shared_node":
-            attend_ExE &= _share_a_node(s_E, r_E)
+            attend_ExE = attend_ExE & _share_a_node(s_E, r_E)
         for layer in range(self.edge_layers):
-            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, attend_ExE, None, deterministic)
-        number_N = jnp.arange(node_NxD.shape[0])[:, None]
+            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, mask_bias(attend_ExE), deterministic)
+        number_N = jnp.arange(-1, x_NxD.shape[0] - 1)[:, None]  # [CLS], -1, has no edges
         incident_NxE = ((number_N == s_E) | (number_N == r_E)) & mask_E
         cross = Attention(self.num_heads, self.scaling, self.dtype, name="cross")
-        edge_ExD = LayerNorm(dtype=self.dtype, name="cross_key_norm")(edge_ExD)
-        node_NxD = LayerNorm(dtype=self.dtype, name="cross_query_norm")(node_NxD)
-        return cross(node_NxD, edge_ExD, incident_NxE)
+        enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), mask_bias(incident_NxE))
+        return jnp.where(incident_NxE.any(axis=1)[:, None], enriched_NxD, 0)
 
     def _read_out(self, cls_D: Array, node_NxD: Array, node_mask_N: Array) -> Array:
         """[CLS], sum over atoms or mean over atoms, as each target asks: `[T]`."""

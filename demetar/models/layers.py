@@ -1,4 +1,4 @@
-"""Layers that the models share: dense, masked attention, transformer block, radial basis.
+"""Layers that the models share: dense, attention, transformer block, norms, radial basis.
 
 Written for one graph; the batch is `jax.vmap` around the model. Attention weights, layer
 norm statistics and distances are float32 (or wider) whatever the compute dtype.
@@ -87,9 +87,8 @@ class Mlp(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention from N query tokens to M key tokens, `[N, D] -> [N, D]`.
 
-    With `scaling='standard'`, softmax(Q Kᵀ / √d_head + M) V per head (Vaswani et al. 2017);
-    with `'blog'`, softmax(Q Kᵀ + M) V / √D, as Equations 9 and 10 of the seed print it.
-    A query that may attend to nothing gets zeros (plus the output bias).
+    With `scaling='standard'`, softmax(Q Kᵀ / √d_head + bias) V per head (Vaswani et al. 2017);
+    with `'blog'`, softmax(Q Kᵀ + bias) V / √D, as Equations 9 and 10 of the seed print it.
 
     Attributes:
       num_heads: H; divides the width.
@@ -102,42 +101,36 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(
-        self,
-        query_NxD: Array,
-        key_MxD: Array,
-        mask_NxM: Array,
-        bias_HxNxM: Array | None = None,
-    ) -> Array:
-        """Args: tokens, `mask_NxM` (true: may attend) and an additive bias of the logits."""
-        width = query_NxD.shape[-1]
+    def __call__(self, query_NxD: Array, key_MxD: Array, bias_HxNxM: Array) -> Array:
+        """Args: tokens, and a bias of the logits that may be [1 or H, 1 or N, M]."""
+        num_queries, width = query_NxD.shape
         head_width = width // self.num_heads
-
-        def heads(x, name):
-            y = Dense(width, dtype=self.dtype, name=name)(x)
-            return y.reshape(x.shape[0], self.num_heads, head_width)
-
-        q_NxHxd = heads(query_NxD, "query")
-        k_MxHxd = heads(key_MxD, "key")
-        v_MxHxd = heads(key_MxD, "value")
+        # No biases: one on the keys cancels in the softmax, and `out` has its own.
+        dense = lambda features, name: Dense(features, use_bias=False, dtype=self.dtype, name=name)
+        q_NxHxd = dense(width, "query")(query_NxD).reshape(-1, self.num_heads, head_width)
+        kv_MxD2 = dense(2 * width, "key_value")(key_MxD)
+        k_MxHxd, v_MxHxd = (
+            x.reshape(-1, self.num_heads, head_width) for x in jnp.split(kv_MxD2, 2, axis=-1)
+        )
         if self.scaling == "standard":
             q_NxHxd = q_NxHxd / math.sqrt(head_width)
         logits_HxNxM = jnp.einsum("nhd,mhd->hnm", q_NxHxd, k_MxHxd)
-        logits_HxNxM = logits_HxNxM.astype(jnp.promote_types(self.dtype, jnp.float32))
-        if bias_HxNxM is not None:
-            logits_HxNxM += bias_HxNxM
-        weights_HxNxM = masked_softmax(logits_HxNxM, mask_NxM).astype(self.dtype)
-        mixed_NxD = jnp.einsum("hnm,mhd->nhd", weights_HxNxM, v_MxHxd).reshape(-1, width)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        weights_HxNxM = jax.nn.softmax(logits_HxNxM.astype(wide) + bias_HxNxM.astype(wide))
+        mixed_NxHxd = jnp.einsum("hnm,mhd->nhd", weights_HxNxM.astype(self.dtype), v_MxHxd)
+        mixed_NxD = mixed_NxHxd.reshape(num_queries, width)
         if self.scaling == "blog":
             mixed_NxD = mixed_NxD / math.sqrt(width)
         return Dense(width, dtype=self.dtype, name="out")(mixed_NxD)
 
 
-def masked_softmax(logits: Array, mask: Array) -> Array:
-    """Softmax over the last axis where `mask`, exactly 0 elsewhere; 0 if nothing is allowed."""
-    # -1e30 and not -inf: a row without any key would be nan, and so would its gradient.
-    weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
-    return jnp.where(mask, weights, 0.0)
+def mask_bias(mask: Array) -> Array:
+    """The seed's M: 0 where attention is allowed, and so low elsewhere that a weight is 0.
+
+    Not -inf: a query that may attend to nothing would be nan, and so would its gradient. It
+    gets a mean over all keys instead, which the caller replaces or never looks at.
+    """
+    return jnp.where(mask, 0.0, -1e30)
 
 
 class Block(nn.Module):
@@ -150,25 +143,25 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_NxD, mask_NxN, bias_HxNxN=None, deterministic: bool = True):
+    def __call__(self, x_NxD: Array, bias_HxNxN: Array, deterministic: bool = True) -> Array:
         width = x_NxD.shape[-1]
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
-        y_NxD = LayerNorm(dtype=self.dtype)(x_NxD)
+        y_NxD = layer_norm(x_NxD)
         attention = Attention(self.num_heads, self.scaling, self.dtype)
-        x_NxD = x_NxD + drop(attention(y_NxD, y_NxD, mask_NxN, bias_HxNxN))
-        y_NxD = LayerNorm(dtype=self.dtype)(x_NxD)
-        return x_NxD + drop(Mlp(self.mlp_ratio * width, width, self.dtype)(y_NxD))
+        x_NxD = x_NxD + drop(attention(y_NxD, y_NxD, bias_HxNxN))
+        mlp = Mlp(self.mlp_ratio * width, width, self.dtype)
+        return x_NxD + drop(mlp(layer_norm(x_NxD)))
 
 
-class LayerNorm(nn.Module):
-    """Layer norm over the last axis; statistics in float32 or wider."""
+def layer_norm(x: Array) -> Array:
+    """(x - mean) / std over the last axis, statistics in float32 or wider.
 
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return nn.LayerNorm(dtype=wide.dtype)(wide).astype(self.dtype)
+    Without scale and offset: a dense layer always follows, and has both.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
 def safe_norm(x: Array) -> Array:

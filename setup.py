@@ -1,0 +1,39 @@
+"""Packaging of demetar. Tool settings are in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="demetar",
+    version="0.1.0",
+    description="DEMETAr: a double-encoder equivariant graph transformer in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["demetar*", "data_pipelines*"]),
+    package_data={"data_pipelines": ["*.txt", "*.tar.bz2"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.8",
+        "clu>=0.0.12",
+        "flax>=0.12,<0.13",
+        "grain>=0.2.16,<0.3",
+        # tensorflow-datasets imports it on Python before 3.12 and does not declare it.
+        "importlib_resources>=6",
+        "jax>=0.10,<0.12",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6,<0.3",
+        # Its API still moves from release to release; all of it is in demetar/checkpoint.py.
+        "orbax-checkpoint>=0.12,<0.13",
+        "rdkit>=2024.9",  # bond types, when data are prepared
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9,<5",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "qm9": ["qm9pack>=1.0.3,<2"],  # the data themselves, 104 MB
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8"],
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+    },
+)

@@ -1,0 +1,429 @@
+"""Sources, bonds, splits, targets and preparation, on real molecules."""
+
+import bz2
+import csv
+import multiprocessing
+import pathlib
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from data_pipelines import qm9, qm9_sources
+from data_pipelines.bonds import Agreement, BondType, find_bonds
+from data_pipelines.edges import build_edges
+from data_pipelines.qm9_sources import (
+    characterized_indices,
+    excluded_indices,
+    parse_raw_xyz,
+    read_qm9pack,
+    read_raw,
+    read_tfds,
+)
+from data_pipelines.splits import get_split, split_hash
+from data_pipelines.targets import HARTREE_IN_MEV, TARGET_NAMES, get_targets, reported_values
+from demetar.errors import UserError
+
+# Molecule 1 exactly as published in dsgdb9nsd_000001.xyz.
+METHANE = """5
+gdb 1\t157.7118\t157.70997\t157.70699\t0.\t13.21\t-0.3877\t0.1171\t0.5048\t35.3641\t0.044749\t-40.47893\t-40.476062\t-40.475117\t-40.498597\t6.469\t
+C\t-0.0126981359\t 1.0858041578\t 0.0080009958\t-0.535689
+H\t 0.002150416\t-0.0060313176\t 0.0019761204\t 0.133921
+H\t 1.0117308433\t 1.4637511618\t 0.0002765748\t 0.133922
+H\t-0.540815069\t 1.4475266138\t-0.8766437152\t 0.133923
+H\t-0.5238136345\t 1.4379326443\t 0.9063972942\t 0.133923
+1341.307\t1341.3284\t1341.365\t1562.6731\t1562.7453\t3038.3205\t3151.6034\t3151.6788\t3151.7078
+C\tC\t
+InChI=1S/CH4/h1H4\tInChI=1S/CH4/h1H4
+"""
+
+
+def same(a, b, **tolerance):
+    assert a.index == b.index
+    np.testing.assert_array_equal(a.atomic_numbers, b.atomic_numbers)
+    np.testing.assert_allclose(a.positions, b.positions, **tolerance)
+    np.testing.assert_allclose(a.properties, b.properties, **tolerance)
+
+
+# --- sources -----------------------------------------------------------------------------------
+
+
+def test_raw_methane():
+    molecule = parse_raw_xyz(METHANE, "dsgdb9nsd_000001.xyz")
+    assert (molecule.index, molecule.smiles) == (1, "C")
+    assert molecule.atomic_numbers.tolist() == [6, 1, 1, 1, 1]
+    assert molecule.positions[0].tolist() == [-0.0126981359, 1.0858041578, 0.0080009958]
+    values = dict(zip(TARGET_NAMES, molecule.properties, strict=True))
+    assert values["homo"] == -0.3877 and values["U0"] == -40.47893 and values["Cv"] == 6.469
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_raw_exponents_and_line_ends(newline):
+    text = METHANE.replace("0.0020150416", "2.0*^-3").replace("0.002150416", "2.150416*^-3")
+    molecule = parse_raw_xyz(text.replace("\n", newline), "x")
+    assert molecule.positions[1, 0] == 2.150416e-3
+
+
+@pytest.mark.parametrize(
+    "broken", [METHANE[:200], METHANE.replace("\nC\t", "\nXx\t"), "", METHANE.replace("6.469", "")]
+)
+def test_broken_raw_file_is_named(broken):
+    with pytest.raises(UserError, match="here.xyz"):
+        parse_raw_xyz(broken, "here.xyz")
+
+
+def test_folder_equals_archive(tmp_path):
+    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    for a, b in zip(read_raw(str(tmp_path)), read_raw(str(qm9.SAMPLE_FILE)), strict=True):
+        same(a, b, rtol=0)
+
+
+def test_excluded_molecules_are_left_out(tmp_path):
+    excluded = min(excluded_indices())
+    text = METHANE.replace("gdb 1\t", f"gdb {excluded}\t")
+    (tmp_path / "a.xyz").write_text(text)
+    (tmp_path / "b.xyz").write_text(METHANE)
+    assert [m.index for m in read_raw(str(tmp_path))] == [1]
+
+
+def test_exclusions_count_from_one():
+    assert len(excluded_indices()) == 3054
+    assert len(characterized_indices()) == 130_831
+    # The first of the published list; an off-by-one list would start at 57 or 59.
+    assert min(excluded_indices()) == 58
+
+
+def test_truncated_archive_is_refused(tmp_path):
+    broken = tmp_path / "dsgdb9nsd.xyz.tar.bz2"
+    broken.write_bytes(qm9.SAMPLE_FILE.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="truncated"):
+        list(read_raw(str(broken)))
+
+
+def test_qm9pack_format_equals_raw(tmp_path):
+    """Ten molecules, in the columns of qm9pack and as published, give the same float64."""
+    molecules = list(read_raw(str(qm9.SAMPLE_FILE)))[:10]
+    symbols = {z: name for name, z in qm9_sources.ELEMENTS.items()}
+    with (tmp_path / "qm9_part1.csv").open("w", newline="") as stream:
+        names = ["Index", "SMILES", "Elements", "XYZ_Ang", *qm9_sources._QM9PACK_COLUMNS]
+        rows = csv.DictWriter(stream, names)
+        rows.writeheader()
+        for m in molecules:
+            rows.writerow(
+                {
+                    "Index": m.index,
+                    "SMILES": m.smiles,
+                    "Elements": str([symbols[int(z)] for z in m.atomic_numbers]),
+                    "XYZ_Ang": str(m.positions.tolist()),
+                }
+                | dict(zip(qm9_sources._QM9PACK_COLUMNS, m.properties, strict=True))
+            )
+    for a, b in zip(read_qm9pack(str(tmp_path)), molecules, strict=True):
+        same(a, b, rtol=0)
+    # Cut off in the middle of a row.
+    file = tmp_path / "qm9_part1.csv"
+    file.write_text(file.read_text()[:-60])
+    with pytest.raises(UserError, match="qm9_part1.csv, line"):
+        list(read_qm9pack(str(tmp_path)))
+
+
+@pytest.mark.full_data
+def test_real_qm9pack_equals_raw_files():
+    pytest.importorskip("importlib.metadata").version("qm9pack")
+    published = {m.index: m for m in read_raw(str(qm9.SAMPLE_FILE))}
+    compared = 0
+    for molecule in read_qm9pack():
+        if molecule.index in published:
+            same(molecule, published[molecule.index], rtol=0)
+            compared += 1
+        if compared == 10:
+            break
+    assert compared == 10
+
+
+def test_tfds_source_equals_raw(tmp_path):
+    """A folder written by the public TFDS builder itself, from the published files.
+
+    Only its download is replaced: figshare cannot be reached from a test.
+    """
+    pytest.importorskip("pandas")
+    import pandas
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.datasets.qm9 import qm9_dataset_builder as public
+
+    from data_pipelines.targets import ATOM_REFERENCES, ELEMENTS
+
+    files = tmp_path / "xyz"
+    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+        archive.extractall(files, filter="data")
+    ids = sorted(int(f.stem[-6:]) for f in files.glob("*.xyz"))[:12]
+    references = pandas.DataFrame(
+        {k: {s: v[z] for s, z in ELEMENTS.items()} for k, v in ATOM_REFERENCES.items()}
+    ).to_dict()
+
+    class Builder(public.Builder):
+        name = "qm9"
+        pkg_dir_path = pathlib.Path(public.__file__).parent
+
+        def _split_generators(self, dl_manager):
+            return {
+                "train": self._generate_examples(ids[:8], references, files),
+                "test": self._generate_examples(ids[8:], references, files),
+            }
+
+    builder = Builder(data_dir=tmp_path / "tfds", config="original", file_format="array_record")
+    builder.download_and_prepare()
+    expected = {m.index: m for m in read_raw(str(files))}
+    molecules = list(read_tfds(str(builder.data_dir)))
+    assert [m.index for m in molecules] == ids
+    for molecule in molecules:
+        same(molecule, expected[molecule.index], rtol=1.2e-7, atol=1e-7)
+        # Total energies are better than float32: rebuilt from the atomization columns.
+        row = TARGET_NAMES.index("U0")
+        error = abs(molecule.properties[row] - expected[molecule.index].properties[row])
+        assert error * HARTREE_IN_MEV < 0.01
+
+
+def test_tfds_folder_missing_or_in_tfrecord_is_explained(tmp_path):
+    with pytest.raises(UserError, match="dataset_info.json"):
+        list(read_tfds(str(tmp_path)))
+
+
+# --- bonds and edges ---------------------------------------------------------------------------
+
+
+def test_bond_types_of_known_molecules(sample):
+    molecules, _ = sample
+    by_index = {m.index: m for m in read_raw(str(qm9.SAMPLE_FILE))}
+    kinds = {}
+    for index in (1, 4, 6, 8):  # methane, acetylene, formaldehyde, methanol
+        m = by_index[index]
+        bonds, agreement = find_bonds(m.smiles, m.atomic_numbers, m.positions)
+        assert agreement == Agreement.AGREE
+        kinds[index] = bonds[:, 2].tolist()
+    assert kinds[1] == [BondType.SINGLE] * 4
+    assert sorted(kinds[4]) == [BondType.SINGLE] * 2 + [BondType.TRIPLE]
+    assert sorted(kinds[6]) == [BondType.SINGLE] * 2 + [BondType.DOUBLE]
+    assert len(kinds[8]) == 5
+    assert (molecules.bonds[:, 0] < molecules.bonds[:, 1]).all()
+
+
+def test_aromatic_ring():
+    angle = np.arange(6) * np.pi / 3
+    ring = np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
+    positions = np.concatenate([1.39 * ring, 2.48 * ring])
+    numbers = np.array([6] * 6 + [1] * 6)
+    bonds, agreement = find_bonds("c1ccccc1", numbers, positions)
+    assert agreement == Agreement.AGREE
+    assert sorted(bonds[:, 2]) == [BondType.SINGLE] * 6 + [BondType.AROMATIC] * 6
+
+
+def test_geometry_decides_where_the_smiles_does_not_fit():
+    methane = parse_raw_xyz(METHANE, "x")
+    for smiles in ("N", "CC", "not smiles"):
+        bonds, agreement = find_bonds(smiles, methane.atomic_numbers, methane.positions)
+        assert agreement == Agreement.SMILES_UNUSABLE
+        assert bonds.tolist() == [[0, k, BondType.SINGLE] for k in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("kind", ["bonds", "cutoff", "complete"])
+def test_edges_of_each_kind(sample, kind):
+    molecules, _ = sample
+    offset, edges = build_edges(molecules, kind, cutoff=2.5)
+    for g in (0, 17, 499):
+        n0, n1 = molecules.node_offset[g : g + 2]
+        x = molecules.position[n0:n1]
+        bonds = molecules.bonds[molecules.bond_offset[g] : molecules.bond_offset[g + 1]]
+        types = {(int(i), int(j)): int(t) for i, j, t in bonds}
+        distance = np.linalg.norm(x[:, None] - x[None], axis=-1)
+        expected = {
+            (i, j): types.get((i, j), 0)
+            for i in range(n1 - n0)
+            for j in range(i + 1, n1 - n0)
+            if kind == "complete" or (i, j) in types or (kind == "cutoff" and distance[i, j] < 2.5)
+        }
+        rows = edges[offset[g] : offset[g + 1]]
+        assert {(int(i), int(j)): int(t) for i, j, t in rows} == expected
+        assert len(rows) == len(expected)
+
+
+def test_unknown_edges():
+    with pytest.raises(UserError, match="Did you mean 'bonds'"):
+        build_edges(None, "bond", 1.0)
+
+
+# --- targets -----------------------------------------------------------------------------------
+
+
+def test_misspelt_target_is_suggested():
+    with pytest.raises(UserError, match="Did you mean 'homo'"):
+        get_targets(("hommo",))
+    with pytest.raises(UserError, match="twice"):
+        get_targets(("homo", "homo"))
+
+
+def test_units_and_atom_references(sample):
+    molecules, _ = sample
+    targets = get_targets(("homo", "U0", "mu", "Cv"))
+    values = reported_values(targets, molecules.properties, molecules.composition())
+    # Methane, by hand: U0 - (C + 4 H) = -40.47893 + 37.846772 + 4 * 0.500273 hartree.
+    atomization = (-40.47893 + 37.846772 + 4 * 0.500273) * 27.211386245988 * 1000
+    np.testing.assert_allclose(
+        values[0], [-0.3877 * 27211.386245988, atomization, 0.0, 6.469 - 5 * 2.981], rtol=1e-12
+    )
+
+
+def test_float32_after_references_keeps_microhartree(sample):
+    """The trap: cast before subtracting loses 0.8 meV; ours loses less than 0.01."""
+    molecules, _ = sample
+    exact = reported_values(get_targets("U0"), molecules.properties, molecules.composition())
+    ours = np.abs(exact.astype(np.float32) - exact).max()
+    row = TARGET_NAMES.index("U0")
+    naive = molecules.properties.copy()
+    naive[:, row] = naive[:, row].astype(np.float32)
+    theirs = np.abs(reported_values(get_targets("U0"), naive, molecules.composition()) - exact).max()
+    assert ours < 0.01 < 0.3 < theirs
+
+
+# --- splits ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, order, sizes",
+    [
+        ("cormorant", np.random.RandomState(0).permutation, (100_000, 17_748, 13_083)),
+        ("dimenet", np.random.RandomState(42).permutation, (110_000, 10_000, 10_831)),
+        ("torchmd", np.random.default_rng(1).permutation, (110_000, 10_000, 10_831)),
+    ],
+)
+def test_named_splits_are_the_published_permutations(name, order, sizes):
+    ids = characterized_indices()
+    split = get_split(name, ids)
+    assert tuple(len(split[p]) for p in ("train", "validation", "test")) == sizes
+    permuted = ids[order(130_831)]
+    np.testing.assert_array_equal(
+        np.concatenate([ids[split[p]] for p in ("train", "validation", "test")]), permuted
+    )
+
+
+def test_splits_that_tfds_defines_are_equal_to_tfds():
+    public = pytest.importorskip("tensorflow_datasets.datasets.qm9.qm9_dataset_builder")
+    for name, seed, train, validation in (
+        ("cormorant", 0, 100_000, 17_748),
+        ("dimenet", 42, 110_000, 10_000),
+    ):
+        theirs = public._get_split_ids(
+            sorted(excluded_indices()),
+            permutation_seed=seed,
+            train_size=train,
+            validation_size=validation,
+        )
+        ids = characterized_indices()
+        for part, positions in get_split(name, ids).items():
+            np.testing.assert_array_equal(ids[positions], theirs[part])
+
+
+def test_unknown_or_impossible_split(sample):
+    with pytest.raises(UserError, match="Did you mean 'dimenet'"):
+        get_split("dimnet", characterized_indices())
+    with pytest.raises(UserError, match="130831 characterized.*hold 500"):
+        get_split("dimenet", sample[0].index)
+    shifted = characterized_indices().copy()
+    shifted[-1] -= 1  # an off-by-one exclusion
+    with pytest.raises(UserError, match="others"):
+        get_split("dimenet", shifted)
+
+
+def test_split_hash_sees_a_swap():
+    ids = characterized_indices()
+    split = get_split("dimenet", ids)
+    before = split_hash(split, ids)
+    split["train"][0], split["test"][0] = split["test"][0], split["train"][0]
+    assert split_hash(split, ids) != before
+
+
+# --- preparation -------------------------------------------------------------------------------
+
+
+def test_passport_describes_the_sample(sample):
+    molecules, passport = sample
+    assert passport["molecules"] == len(molecules.index) == 500
+    assert passport["atoms"] == molecules.node_offset[-1]
+    assert passport["units"]["homo"] == "hartree"
+    assert sum(passport["smiles_and_geometry"].values()) == 500
+    for g, molecule in enumerate(read_raw(str(qm9.SAMPLE_FILE))):
+        atoms = slice(molecules.node_offset[g], molecules.node_offset[g + 1])
+        np.testing.assert_array_equal(molecules.atomic_number[atoms], molecule.atomic_numbers)
+        np.testing.assert_array_equal(
+            molecules.position[atoms], molecule.positions.astype(np.float32)
+        )
+        np.testing.assert_array_equal(molecules.properties[g], molecule.properties)
+
+
+def _prepare_small(cache, folder, results):
+    molecules, passport = qm9.load("raw", folder, cache)
+    results.put((len(molecules.index), passport["content_sha256"]))
+
+
+def test_two_jobs_prepare_at_once(tmp_path):
+    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+        members = [m for m in archive if m.isfile()][:40]
+        archive.extractall(tmp_path / "xyz", members, filter="data")
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    arguments = (str(tmp_path / "cache"), str(tmp_path / "xyz"), results)
+    jobs = [context.Process(target=_prepare_small, args=arguments) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    found = [results.get(timeout=120) for _ in jobs]
+    for job in jobs:
+        job.join()
+    assert found[0] == found[1] and found[0][0] == 40
+    prepared = [p for p in (tmp_path / "cache" / "qm9").iterdir() if p.is_dir()]
+    assert len(prepared) == 1  # one result, and nothing half-built beside it
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "passport"])
+def test_damaged_preparation_is_refused(tmp_path, cache_dir, damage):
+    qm9.load("sample", cache_dir=cache_dir)
+    shutil.copytree(pathlib.Path(cache_dir) / "qm9", tmp_path / "qm9")
+    (folder,) = (p for p in (tmp_path / "qm9").iterdir() if p.is_dir())
+    file = folder / "arrays" / "position.npy"
+    content = bytearray(file.read_bytes())
+    if damage == "truncate":
+        file.write_bytes(content[:-100])
+    elif damage == "flip":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (folder / "passport.json").write_text("{")
+    with pytest.raises(UserError, match="Delete .* to prepare it again"):
+        qm9.load("sample", cache_dir=str(tmp_path))
+
+
+def test_nan_coordinate_is_refused_with_its_molecule(tmp_path):
+    (tmp_path / "xyz").mkdir()
+    (tmp_path / "xyz" / "a.xyz").write_text(METHANE.replace("1.0858041578", "nan"))
+    with pytest.raises(UserError, match="Molecule 1 has a coordinate"):
+        qm9.load("raw", str(tmp_path / "xyz"), str(tmp_path / "cache"))
+    assert not [p for p in (tmp_path / "cache" / "qm9").iterdir() if p.is_dir()]
+
+
+def test_unknown_source():
+    with pytest.raises(UserError, match="Did you mean 'qm9pack'"):
+        qm9.load("qm9pak")
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="config.data.cache_dir"):
+        qm9.load("sample", cache_dir=str(tmp_path / "file"))
+
+
+def test_sample_is_bz2_of_published_text():
+    text = bz2.decompress(qm9.SAMPLE_FILE.read_bytes())
+    assert METHANE.encode() in text

@@ -1,0 +1,199 @@
+"""The training step: padding, accumulation, device counts, collectives."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY
+from ml_collections import config_flags
+
+from data_pipelines import pipeline
+from data_pipelines.plan import FILL, BatchPlan, Bucket
+from demetar import sharding
+from demetar.experiment import Experiment
+from demetar.models import create_model
+from demetar.step import CompiledPerBucket
+from demetar.task import Normalization, TargetErrors, standardize
+from demetar.train import compiled_train_step
+
+config_flags  # the config file is loaded as main does it
+
+
+def load_config(arg):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("qm9_config", REPOSITORY / "configs" / "qm9.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+def make_experiment(dataset, devices=1, dtype="float32", accumulation=1, **model):
+    config = load_config("smoke")
+    config.data.batch_size = 16
+    config.train.accumulation = accumulation
+    config.model.update({"width": 16, "num_heads": 4, "dtype": dtype} | model)
+    arrays, normalization = standardize(dataset, np.dtype(dtype))
+    options = config.model.to_dict()
+    return Experiment(
+        config=config,
+        mesh=sharding.make_mesh(devices),
+        dataset=dataset,
+        arrays=arrays,
+        normalization=normalization,
+        model=create_model(target_readouts=("cls", "sum"), **options),
+        schedule=optax.constant_schedule(1e-3),
+        tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    )
+
+
+def run(experiment, steps, fill=()):
+    """Losses of the first steps; rows in `fill` of each batch are left empty."""
+    config, dataset = experiment.config, experiment.dataset
+    size = config.data.batch_size
+    plan = BatchPlan(
+        experiment.arrays.sizes, dataset.split["train"], dataset.buckets, size, config.seed
+    )
+    step = compiled_train_step(experiment)
+    state, losses = experiment.create_state(), []
+    for k in range(steps):
+        bucket, graphs = plan[k]
+        graphs = graphs.copy()
+        graphs[list(fill)] = FILL
+        batch = pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
+        state, sums = step(bucket, state, sharding.to_devices(batch, experiment.mesh, size), np.float32(1))
+        losses.append(float(sums.loss))
+    return np.array(losses), jax.device_get(state)
+
+
+def tree_close(a, b, rtol, atol=0.0):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+
+
+def test_float32_on_1_and_8_devices(dataset):
+    one, _ = run(make_experiment(dataset, 1), 20)
+    eight, _ = run(make_experiment(dataset, 8), 20)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+
+
+def test_float64_on_1_and_8_devices(dataset, float64):
+    one, state_1 = run(make_experiment(dataset, 1, "float64"), 40)
+    eight, state_8 = run(make_experiment(dataset, 8, "float64"), 40)
+    np.testing.assert_allclose(eight, one, rtol=1e-10)
+    norms = [float(optax.global_norm(s.params)) for s in (state_1, state_8)]
+    np.testing.assert_allclose(*norms, rtol=1e-10)
+
+
+def test_one_all_reduce_and_no_other_collective(dataset):
+    experiment = make_experiment(dataset, 8)
+    step = compiled_train_step(experiment)
+    bucket = experiment.dataset.buckets[0]
+    batch = pipeline.gather(experiment.arrays, np.full(16, FILL), bucket)
+    batch = sharding.to_devices(batch, experiment.mesh, 16)
+    lowered = step._jitted.lower(experiment.abstract_state(), batch, np.float32(1))
+    text = lowered.compile().as_text()
+    collectives = re.findall(
+        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
+    )
+    assert collectives == ["all-reduce"]
+
+
+def test_accumulation_equals_the_plain_step(dataset, float64):
+    plain, state_1 = run(make_experiment(dataset, 2, "float64"), 4)
+    four, state_4 = run(make_experiment(dataset, 2, "float64", accumulation=4), 4)
+    np.testing.assert_allclose(four, plain, rtol=1e-10)
+    tree_close(state_4.params, state_1.params, rtol=1e-7, atol=1e-10)
+
+
+def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(dataset, float64):
+    """A batch with empty rows: the gradient is the sum over its graphs over 16."""
+    experiment = make_experiment(dataset, 1, "float64")
+    graphs = dataset.split["train"][:16].copy()
+    bucket = Bucket(29, 40)
+
+    def gradient_norm(rows):
+        batch = pipeline.gather(experiment.arrays, rows, bucket)
+        step = compiled_train_step(experiment)
+        _, sums = step(0, experiment.create_state(), sharding.to_devices(batch, experiment.mesh, len(rows)), np.float32(1))
+        return float(sums.grad_norm) * len(rows), float(sums.loss), float(sums.errors.count)
+
+    experiment.config.data.batch_size = 16
+    partial = graphs.copy()
+    partial[5:] = FILL
+    alone = gradient_norm(graphs[:5])
+    np.testing.assert_allclose(gradient_norm(partial), alone, rtol=1e-9)
+    assert alone[2] == 5
+
+
+def test_another_shape_is_an_error_not_a_recompilation():
+    step = CompiledPerBucket(jax.jit(lambda x: x + 1), 1)
+    step(0, np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="compiled"):
+        step(0, np.zeros(4, np.float32))
+
+
+def test_dropout_is_a_function_of_seed_and_step(dataset):
+    a, _ = run(make_experiment(dataset, 1, dropout=0.3), 3)
+    b, _ = run(make_experiment(dataset, 8, dropout=0.3), 3)
+    none, _ = run(make_experiment(dataset, 1), 3)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert np.abs(a - none).max() > 1e-3
+
+
+# --- normalisation and metrics ---------------------------------------------------------------------
+
+
+def test_normalization_is_of_the_training_split_and_invertible(dataset):
+    arrays, normalization = standardize(dataset, np.float64)
+    train = dataset.split["train"]
+    z = arrays.target[train]
+    np.testing.assert_allclose((z**2).mean(axis=0), 1.0)
+    np.testing.assert_allclose(z[:, 0].mean(), 0.0, atol=1e-12)  # HOMO, intensive
+    back = normalization.restore(arrays.target, arrays.sizes.num_nodes)
+    np.testing.assert_allclose(back, dataset.arrays.target, rtol=1e-12)
+    changed = dataset.arrays.target.copy()
+    changed[dataset.split["test"]] += 1e6
+    other = dataclasses.replace(dataset, arrays=dataclasses.replace(dataset.arrays, target=changed))
+    assert np.array_equal(standardize(other, np.float64)[1].scale, normalization.scale)
+
+
+def test_extensive_targets_are_normalised_per_atom(dataset):
+    _, normalization = standardize(dataset, np.float64)
+    assert normalization.slope[0] == 0 and normalization.offset[0] != 0  # HOMO
+    assert normalization.slope[1] != 0 and normalization.offset[1] == 0  # U0
+    assert Normalization.fit(np.ones((3, 1)), np.ones(3), [False]).scale == 1.0  # constant target
+
+
+def test_metric_is_exact_over_padding_and_batching():
+    rng = np.random.default_rng(0)
+    prediction, target = rng.normal(size=(2, 11, 2))
+    exact = np.abs(prediction - target).mean(axis=0)
+    for size in (1, 3, 11):
+        merged = TargetErrors.empty()
+        for start in range(0, 12, size):
+            rows = np.arange(start, start + size)
+            mask = rows < 11
+            rows = np.minimum(rows, 10)
+            junk = np.where(mask[:, None], prediction[rows], np.nan)
+            part = TargetErrors.from_model_output(junk, target[rows], mask)
+            merged = merged.merge(jax.tree.map(lambda x: np.asarray(x, np.float64), part))
+        assert merged.count == 11
+        np.testing.assert_allclose(merged.compute(), exact, rtol=1e-6)
+
+
+# --- mesh and batch sizes --------------------------------------------------------------------------
+
+
+def test_batch_size_that_does_not_divide_names_the_nearest():
+    from demetar.errors import UserError
+
+    mesh = sharding.make_mesh(8)
+    with pytest.raises(UserError, match=r"\(20\) must be .* multiple of 16.*nearest are 16 and 32"):
+        sharding.check_batch_size("config.data.batch_size", 20, mesh, accumulation=2)
+    with pytest.raises(UserError, match="9, but 8 devices"):
+        sharding.make_mesh(9)
+    assert sharding.process_rows(mesh, 32) == slice(0, 32)
