@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_pipelines.qm9_sources import NUM_CHARACTERIZED, SOURCES, characterized_indices
 from data_pipelines.splits import SPLIT_NAMES, get_split, split_hash
-from data_pipelines.targets import ELEMENTS, TARGET_NAMES, TARGETS
+from data_pipelines.targets import ELEMENTS, TARGETS
 from demetar.errors import UserError, suggest
 
 _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
@@ -203,9 +203,7 @@ def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.nd
 
     (info_file,) = data_dir.glob("**/dataset_info.json")
     records = tfds.builder_from_directory(info_file.parent).as_data_source("molecules")
-    columns = {
-        name: [] for name in ("index", "atomic_number", "position", "bonds", "properties")
-    }
+    columns = {name: [] for name in ("index", "atomic_number", "position", "bonds", "properties")}
     starts = range(0, len(records), chunk)
     for start in tqdm(starts, "Decoding QM9", unit=f" x {chunk} molecules"):
         rows = records.__getitems__(list(range(start, min(start + chunk, len(records)))))

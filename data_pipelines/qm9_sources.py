@@ -140,9 +140,7 @@ def parse_raw_xyz(text: str, name: str) -> Molecule:
         properties = lines[1].split()
         atoms = [line.split() for line in lines[2 : 2 + num_atoms]]
         if len(properties) != 2 + len(TARGET_NAMES):
-            raise ValueError(
-                f"line 2 has {len(properties)} columns, not {2 + len(TARGET_NAMES)}"
-            )
+            raise ValueError(f"line 2 has {len(properties)} columns, not {2 + len(TARGET_NAMES)}")
         return Molecule(
             index=int(properties[1]),
             atomic_numbers=np.array([ELEMENTS[a[0]] for a in atoms], np.uint8),

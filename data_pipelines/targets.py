@@ -51,9 +51,7 @@ class Target:
 
 
 def _energy(name: str, symbol: str, references: bool, extensive: bool, readout: str) -> Target:
-    return Target(
-        name, symbol, "hartree", "meV", HARTREE_IN_MEV, references, extensive, readout
-    )
+    return Target(name, symbol, "hartree", "meV", HARTREE_IN_MEV, references, extensive, readout)
 
 
 # In the column order of the published xyz files; also the order of the prepared arrays.

@@ -82,7 +82,9 @@ class Checkpoints:
         return min(scores, key=lambda step: (scores[step], step)) if scores else None
 
     def meta(self, step: int) -> dict:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""

@@ -1,14 +1,10 @@
 """Configs as data: JSON in and out, and which changes a resume may not survive."""
 
 import json
-import os
-import pathlib
 
-import jax
 import ml_collections
 import numpy as np
 
-from data_pipelines.qm9 import default_cache_dir
 from demetar.errors import UserError
 
 # A run may be resumed with other values of these: they change no number.
@@ -28,20 +24,6 @@ def from_json(fields: dict) -> ml_collections.ConfigDict:
 def real_dtype(config: ml_collections.ConfigDict) -> np.dtype:
     """Type of positions, targets and parameters: float32, or float64 if the model computes so."""
     return np.dtype(np.float64 if config.model.dtype == "float64" else np.float32)
-
-
-def apply_to_jax(config: ml_collections.ConfigDict) -> None:
-    """Process-wide settings of JAX that a config asks for; before any device is used."""
-    jax.config.update("jax_enable_x64", real_dtype(config) == np.float64)
-    if config.mesh.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = pathlib.Path(config.data.cache_dir or default_cache_dir()) / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
 
 
 def _flat(fields: dict, prefix: str = "") -> dict:
@@ -65,8 +47,7 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
     differing = [
         f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} today"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-        and not key.removeprefix("config.").startswith(_FREE)
+        if old.get(key) != new.get(key) and not key.removeprefix("config.").startswith(_FREE)
     ]
     if differing:
         raise UserError(

@@ -13,6 +13,7 @@ from absl import app, flags
 
 from data_pipelines.splits import PARTS
 from demetar import config as config_lib
+from demetar import runtime
 from demetar.checkpoint import Checkpoints
 from demetar.errors import UserError, exits_cleanly
 from demetar.evaluation import Evaluator, result_of
@@ -29,7 +30,7 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
     saved = json.loads(file.read_text())
     config = config_lib.from_json(saved["config"])
-    config_lib.apply_to_jax(config)
+    runtime.configure(config)
     experiment = build_experiment(config)
     config_lib.check_same_run(saved, experiment.identity, workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last)

@@ -13,11 +13,11 @@ from data_pipelines import pipeline
 from data_pipelines.dataset import Dataset
 from data_pipelines.plan import BatchPlan
 from demetar import report, sharding, writers
+from demetar.experiment import Experiment
 from demetar.graph import Array
 from demetar.interrupt import Interruption
 from demetar.state import params_sha256
 from demetar.step import CompiledPerBucket, make_eval_step
-from demetar.experiment import Experiment
 from demetar.task import TargetErrors
 
 

@@ -1,4 +1,4 @@
-"""What follows from a config alone: mesh, data, model, optimizer. Training and evaluation share it."""
+"""What follows from a config alone: mesh, data, model, optimizer; for training and evaluation."""
 
 import dataclasses
 from typing import Any

@@ -7,13 +7,13 @@ stopped. Exit codes: see `demetar.errors`.
 """
 
 import pathlib
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from demetar import interrupt
-from demetar.config import apply_to_jax
-from demetar.errors import exits_cleanly
+from demetar import interrupt, runtime
+from demetar.errors import EXIT_USER_ERROR, exits_cleanly
 from demetar.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
@@ -27,16 +27,30 @@ def _default_workdir() -> pathlib.Path:
     return pathlib.Path("runs") / (f"{name}-{variant.replace(',', '-')}" if variant else name)
 
 
+def _parse_flags(argv) -> list[str]:
+    """Flags of the command; a wrong one is a line and exit code 2, not a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.keys()  # a config file that cannot be loaded says so here
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error.args[0] if error.args else error).replace("\\n", " ").strip()
+        if "Traceback" in message:  # of a config file: its last line says what is wrong
+            message = message.splitlines()[-1]
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
 @exits_cleanly
 def _main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # what a person should see is said by writers.say
     interruption = interrupt.install()
-    apply_to_jax(_CONFIG.value)
+    runtime.configure(_CONFIG.value)
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir()
     train_and_evaluate(_CONFIG.value, workdir, interruption)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(_main)
+    app.run(_main, flags_parser=_parse_flags)

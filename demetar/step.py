@@ -77,7 +77,9 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         # Early on the average follows faster, or it would remember the random start.
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda e, p: (e + (1 - decay) * (p - e)).astype(p.dtype), state.ema, params)
+        ema = jax.tree.map(
+            lambda e, p: (e + (1 - decay) * (p - e)).astype(p.dtype), state.ema, params
+        )
         sums = StepSums(loss, errors, optax.global_norm(grad), loss_B)
         return TrainState(state.step + 1, params, opt_state, ema), sums
 

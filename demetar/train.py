@@ -29,9 +29,7 @@ from demetar.task import LOSSES
 from demetar.writers import say
 
 
-def train_and_evaluate(
-    config, workdir: pathlib.Path, interruption: Interruption
-) -> dict:
+def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption) -> dict:
     """Trains to `config.train.num_steps`, evaluates the best weights once on test.
 
     Returns:
@@ -258,9 +256,7 @@ def log_train(write, progress: dict, pace, experiment: Experiment, step: int) ->
     write.write(step, "train", values)
     progress["window"] = new_progress(len(mae))["window"]
     rate, left = pace.lap(step)
-    errors = ", ".join(
-        f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True)
-    )
+    errors = ", ".join(f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True))
     say(
         f"step {step}/{num_steps}  train MAE {errors}  lr {values['learning_rate']:.2e}  "
         f"{rate:.0f} molecules/s  ETA {writers.duration(left)}"
@@ -292,16 +288,24 @@ def print_card(
     """What runs, on what, from what: once, at the start."""
     config, mesh, dataset = experiment.config, experiment.mesh, experiment.dataset
     passport, split = dataset.passport, dataset.split
-    buckets = ", ".join(f"{b.num_nodes}/{b.num_edges}" for b in plan.buckets)
     bonds = passport["smiles_and_geometry"]
+    device = jax.devices()[0].device_kind
+    rows = {
+        "devices": f"{jax.device_count()} x {device}, {jax.process_count()} process(es), "
+        f"mesh {dict(mesh.shape)}",
+        "data": f"{passport['dataset']} from {passport['source']}: {passport['molecules']} "
+        f"molecules, content {passport['content_sha256'][:12]}",
+        "bonds": f"SMILES and geometry agree for {bonds['agree']} molecules; the SMILES is kept "
+        f"for {bonds['heavy_graph_differs']}, distances decide for {bonds['smiles_unusable']}",
+        "targets": ", ".join(f"{t.name} [{t.unit}]" for t in dataset.targets),
+        "split": f"{config.data.split}: "
+        + ", ".join(f"{len(graphs)} {part}" for part, graphs in split.items()),
+        "batches": f"{plan.batch_size} molecules, {plan.steps_per_epoch} steps an epoch, "
+        f"{config.train.num_steps} steps",
+        "buckets": ", ".join(f"{b.num_nodes}/{b.num_edges}" for b in plan.buckets)
+        + f" (nodes/edges); {plan.node_efficiency:.1%} of node slots hold atoms",
+    }
     say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    say(
-        f"""demetar  {workdir}  {"resumed at" if step else "starts at"} step {step}
-  devices   {jax.device_count()} x {jax.devices()[0].device_kind}, {jax.process_count()} process(es), mesh {dict(mesh.shape)}
-  data      {passport["dataset"]} from {passport["source"]}: {passport["molecules"]} molecules, content {passport["content_sha256"][:12]}
-  bonds     SMILES and geometry agree for {bonds["agree"]}; SMILES kept against the heavy-atom graph for {bonds["heavy_graph_differs"]}; from distances for {bonds["smiles_unusable"]}
-  targets   {", ".join(f"{t.name} [{t.unit}]" for t in dataset.targets)}
-  split     {config.data.split}: {len(split["train"])} train, {len(split["validation"])} validation, {len(split["test"])} test
-  batches   {plan.batch_size} molecules, {plan.steps_per_epoch} steps an epoch, {config.train.num_steps} steps
-  buckets   {buckets} (nodes/edges); {plan.node_efficiency:.1%} of node slots hold atoms"""
-    )
+    say(f"demetar  {workdir}  {'resumed at' if step else 'starts at'} step {step}")
+    for name, text in rows.items():
+        say(f"  {name:9} {text}")

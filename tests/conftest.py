@@ -50,7 +50,10 @@ def dataset(cache_dir):
     )
 
 
-def random_graph(rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=Bucket(10, 14)):
+MEDIUM = Bucket(10, 14)
+
+
+def random_graph(rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=MEDIUM):
     """One padded graph of random atoms and edges, float64, zeros in padding."""
     pairs = np.stack(np.triu_indices(num_nodes, 1), 1)
     edges = rng.permutation(pairs)[:num_edges]

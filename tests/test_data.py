@@ -26,8 +26,10 @@ from data_pipelines.targets import HARTREE_IN_MEV, TARGET_NAMES, get_targets, re
 from demetar.errors import UserError
 
 # Molecule 1 exactly as published in dsgdb9nsd_000001.xyz.
-METHANE = """5
-gdb 1\t157.7118\t157.70997\t157.70699\t0.\t13.21\t-0.3877\t0.1171\t0.5048\t35.3641\t0.044749\t-40.47893\t-40.476062\t-40.475117\t-40.498597\t6.469\t
+METHANE = """\
+5
+gdb 1\t157.7118\t157.70997\t157.70699\t0.\t13.21\t-0.3877\t0.1171\t0.5048\t35.3641\t0.044749\t\
+-40.47893\t-40.476062\t-40.475117\t-40.498597\t6.469\t
 C\t-0.0126981359\t 1.0858041578\t 0.0080009958\t-0.535689
 H\t 0.002150416\t-0.0060313176\t 0.0019761204\t 0.133921
 H\t 1.0117308433\t 1.4637511618\t 0.0002765748\t 0.133922
@@ -150,7 +152,6 @@ def test_tfds_source_equals_raw(tmp_path):
     """
     pytest.importorskip("pandas")
     import pandas
-    import tensorflow_datasets as tfds
     from tensorflow_datasets.datasets.qm9 import qm9_dataset_builder as public
 
     from data_pipelines.targets import ATOM_REFERENCES, ELEMENTS
@@ -283,7 +284,9 @@ def test_float32_after_references_keeps_microhartree(sample):
     row = TARGET_NAMES.index("U0")
     naive = molecules.properties.copy()
     naive[:, row] = naive[:, row].astype(np.float32)
-    theirs = np.abs(reported_values(get_targets("U0"), naive, molecules.composition()) - exact).max()
+    theirs = np.abs(
+        reported_values(get_targets("U0"), naive, molecules.composition()) - exact
+    ).max()
     assert ours < 0.01 < 0.3 < theirs
 
 

@@ -35,7 +35,9 @@ def build(variant="default", **more):
     # Random weights everywhere: a zero or a one in the initial ones could hide a broken path.
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+    noisy = [
+        x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)
+    ]
     return model, jax.tree.unflatten(tree, noisy)
 
 
@@ -111,7 +113,9 @@ def test_depends_on_geometry_types_and_bonds(model_and_params):
     expected = output(model, params, graph)
     changes = {
         "scale": graph.replace(position=graph.position * 1.1),
-        "atoms": graph.replace(atomic_number=np.roll(graph.atomic_number[:7], 1).repeat([1] * 6 + [4])),
+        "atoms": graph.replace(
+            atomic_number=np.roll(graph.atomic_number[:7], 1).repeat([1] * 6 + [4])
+        ),
         "bonds": graph.replace(edge_type=(graph.edge_type + 1) % 5),
     }
     for name, changed in changes.items():
@@ -121,9 +125,7 @@ def test_depends_on_geometry_types_and_bonds(model_and_params):
 @pytest.mark.parametrize("broken", ["direction", "inverted_mask", "position"])
 def test_a_broken_model_fails_the_suite(broken, monkeypatch):
     if broken == "direction":  # an edge's feature depends on which end is the sender
-        monkeypatch.setattr(
-            demetar_module, "_share_a_node", lambda s, r: s[:, None] < r[None]
-        )
+        monkeypatch.setattr(demetar_module, "_share_a_node", lambda s, r: s[:, None] < r[None])
         model, params = build("shared_node")
     elif broken == "inverted_mask":  # the seed's own defect: attends to padding only
         monkeypatch.setattr(demetar_module, "mask_bias", lambda m: jnp.where(m, -1e30, 0.0))
@@ -173,9 +175,7 @@ def test_junk_in_padding_changes_no_bit(model_and_params, junk):
         receivers=fill(graph.receivers, graph.edge_mask),
         edge_type=fill(graph.edge_type, graph.edge_mask),
     )
-    run = jax.jit(
-        jax.value_and_grad(lambda p, g: apply_one(model, p, g).sum())
-    )
+    run = jax.jit(jax.value_and_grad(lambda p, g: apply_one(model, p, g).sum()))
     for clean, dirty in zip(
         jax.tree.leaves(run(params, graph)), jax.tree.leaves(run(params, junky)), strict=True
     ):

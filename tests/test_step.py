@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from conftest import REPOSITORY
-from ml_collections import config_flags
 
 from data_pipelines import pipeline
 from data_pipelines.plan import FILL, BatchPlan, Bucket
@@ -18,8 +17,6 @@ from demetar.models import create_model
 from demetar.step import CompiledPerBucket
 from demetar.task import Normalization, TargetErrors, standardize
 from demetar.train import compiled_train_step
-
-config_flags  # the config file is loaded as main does it
 
 
 def load_config(arg):
@@ -64,7 +61,9 @@ def run(experiment, steps, fill=()):
         graphs = graphs.copy()
         graphs[list(fill)] = FILL
         batch = pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
-        state, sums = step(bucket, state, sharding.to_devices(batch, experiment.mesh, size), np.float32(1))
+        state, sums = step(
+            bucket, state, sharding.to_devices(batch, experiment.mesh, size), np.float32(1)
+        )
         losses.append(float(sums.loss))
     return np.array(losses), jax.device_get(state)
 
@@ -118,7 +117,12 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(dataset, float6
     def gradient_norm(rows):
         batch = pipeline.gather(experiment.arrays, rows, bucket)
         step = compiled_train_step(experiment)
-        _, sums = step(0, experiment.create_state(), sharding.to_devices(batch, experiment.mesh, len(rows)), np.float32(1))
+        _, sums = step(
+            0,
+            experiment.create_state(),
+            sharding.to_devices(batch, experiment.mesh, len(rows)),
+            np.float32(1),
+        )
         return float(sums.grad_norm) * len(rows), float(sums.loss), float(sums.errors.count)
 
     experiment.config.data.batch_size = 16
@@ -144,7 +148,7 @@ def test_dropout_is_a_function_of_seed_and_step(dataset):
     assert np.abs(a - none).max() > 1e-3
 
 
-# --- normalisation and metrics ---------------------------------------------------------------------
+# --- normalisation and metrics -----------------------------------------------------------------
 
 
 def test_normalization_is_of_the_training_split_and_invertible(dataset):
@@ -185,7 +189,7 @@ def test_metric_is_exact_over_padding_and_batching():
         np.testing.assert_allclose(merged.compute(), exact, rtol=1e-6)
 
 
-# --- mesh and batch sizes --------------------------------------------------------------------------
+# --- mesh and batch sizes ----------------------------------------------------------------------
 
 
 def test_batch_size_that_does_not_divide_names_the_nearest():
