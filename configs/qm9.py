@@ -108,10 +108,10 @@ def _quick(config: ConfigDict) -> None:
     config.model.update(
         {
             "width": 64,
-            "num_heads": 8,
-            "edge_layers": 2,
+            "num_heads": 16,
+            "edge_layers": 1,
             "node_layers": 1,
-            "joint_layers": 3,
+            "joint_layers": 2,
             "mlp_ratio": 2,
             "num_radial": 32,
             "radial_cutoff": 5.0,
@@ -119,7 +119,7 @@ def _quick(config: ConfigDict) -> None:
         }
     )
     config.optim.update({"learning_rate": 1.5e-3, "warmup_steps": 300, "weight_decay": 1e-2})
-    config.train.update({"num_steps": 10_000, "eval_every": 2_500})
+    config.train.update({"num_steps": 8_000, "eval_every": 2_000})
     config.checkpoint.every_steps = 500
     config.log.every_steps = 200
     config.mesh.cpu_devices = 2

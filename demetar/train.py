@@ -68,6 +68,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
 
     ### The loop.
     num_steps = config.train.num_steps
+    loop_start = time.perf_counter() - progress["train_seconds"]  # as if never stopped
     write = writers.Writers(workdir, first_step, progress["last_eval_step"])
     pace = writers.Pace(first_step, num_steps)
     train_iter = pipeline.batches(
@@ -83,6 +84,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
 
     def save(score=None):
         nonlocal saved_step
+        progress["train_seconds"] = time.perf_counter() - loop_start
         checkpoints.save(state, experiment.identity | {"progress": progress}, score)
         saved_step = step
 

@@ -117,7 +117,9 @@ class Demetar(nn.Module):
         distance_NxN = safe_norm(x_Nx3[:, None] - x_Nx3[None])
         # So far away that every Gaussian is 0: [CLS] is at no distance.
         distance_NxN = jnp.pad(distance_NxN, (1, 0), constant_values=1e3)
-        dense = Dense(num_layers * self.num_heads, dtype=self.dtype, name="pair_bias")
+        # No offset: a constant added to all logits of a row cancels in the softmax.
+        features = num_layers * self.num_heads
+        dense = Dense(features, use_bias=False, dtype=self.dtype, name="pair_bias")
         b_NxNxF = dense(self._radial(distance_NxN)).astype(distance_NxN.dtype)
         b_FxNxN = b_NxNxF.transpose(2, 0, 1) + mask_NxN
         return b_FxNxN.reshape(num_layers, self.num_heads, *distance_NxN.shape)
@@ -159,10 +161,11 @@ class Demetar(nn.Module):
     def _read_out(self, cls_D: Array, node_NxD: Array, node_mask_N: Array) -> Array:
         """[CLS], sum over atoms or mean over atoms, as each target asks: `[T]`."""
         count = jnp.maximum(node_mask_N.sum(), 1)
+        wide = jnp.promote_types(self.dtype, jnp.float32)  # a target has more than 8 bits
         output_T = [None] * len(self.readouts)
         for readout in sorted(set(self.readouts)):
             places = [t for t, name in enumerate(self.readouts) if name == readout]
-            head = Mlp(self.width, len(places), name=f"head_{readout}")
+            head = Mlp(self.width, len(places), wide, name=f"head_{readout}")
             if readout == "cls":
                 value = head(cls_D[None])[0]
             else:
