@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "qm9": ["qm9pack>=1.0.3,<2"],  # the data themselves, 104 MB
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8"],
+        "test": ["hypothesis>=6", "pandas>=2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8"],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
     },

@@ -5,7 +5,6 @@ the training loop it only sets a flag, which the loop looks at between steps and
 evaluation batches. A second signal exits immediately; the last checkpoint stays whole.
 """
 
-import contextlib
 import os
 import signal
 
@@ -19,14 +18,9 @@ class Interruption:
         self.requested = ""
         self._deferred = False
 
-    @contextlib.contextmanager
-    def deferred(self):
-        """Inside, a signal only sets `requested`."""
+    def defer(self) -> None:
+        """From now on a signal only sets `requested`; whoever calls this must look at it."""
         self._deferred = True
-        try:
-            yield
-        finally:
-            self._deferred = False
 
     def handle(self, number: int, frame) -> None:
         name = signal.Signals(number).name

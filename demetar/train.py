@@ -88,70 +88,70 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
         checkpoints.save(state, experiment.identity | {"progress": progress}, score)
         saved_step = step
 
-    with interruption.deferred():
-        while True:
-            # The host reads the sums of step k after step k + 1 is dispatched; before it
-            # evaluates, saves or logs it must have them all.
-            evaluates = step > progress["last_eval_step"] and (
-                step == num_steps or (step > 0 and step % config.train.eval_every == 0)
-            )
-            saves = step > saved_step and step % config.checkpoint.every_steps == 0
-            logs = step > first_step and (step % config.log.every_steps == 0 or step == num_steps)
-            if pending is not None and (evaluates or saves or logs or interruption.requested):
-                pace.add(accumulate(progress, pending, experiment, plan, step))
-                pending = None
-            if logs:
-                log_train(write, progress, pace, experiment, step)
-            score = evaluate(evaluator, state, step, progress, write) if evaluates else None
-            if score is not None:
-                if config.optim.schedule == "plateau":
-                    plateau = config.optim.plateau
-                    plateau_step(
-                        progress, score, plateau.factor, plateau.patience, plateau.min_scale
-                    )
-                save(score)
-            elif saves or (interruption.requested and step > saved_step):
-                save()
-            if interruption.requested or step == num_steps:
-                break
+    interruption.defer()
+    while True:
+        stop = bool(interruption.requested)  # read once: what follows must agree on it
+        # The host reads the sums of step k after step k + 1 is dispatched; before it
+        # evaluates, saves or logs it must have them all.
+        evaluates = step > progress["last_eval_step"] and (
+            step == num_steps or (step > 0 and step % config.train.eval_every == 0)
+        )
+        saves = step > saved_step and step % config.checkpoint.every_steps == 0
+        logs = step > first_step and (step % config.log.every_steps == 0 or step == num_steps)
+        if pending is not None and (evaluates or saves or logs or stop):
+            pace.add(accumulate(progress, pending, experiment, plan, step))
+            pending = None
+        if logs:
+            log_train(write, progress, pace, experiment, step)
+        score = evaluate(evaluator, state, step, progress, write) if evaluates else None
+        if score is not None:
+            if config.optim.schedule == "plateau":
+                plateau = config.optim.plateau
+                plateau_step(progress, score, plateau.factor, plateau.patience, plateau.min_scale)
+            save(score)
+        elif saves or ((stop or evaluates) and step > saved_step):
+            save()
+        if stop or (evaluates and score is None) or step == num_steps:
+            break
 
-            bucket, graphs = next(train_iter)
-            batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size)
-            lr_scale = np.float32(progress["lr_scale"])
-            state, sums = train_step(bucket, state, batch, lr_scale)
-            step += 1
-            if step == first_step + 1:
-                jax.block_until_ready(sums)
-                say(
-                    f"First step after {time.perf_counter() - start_time:.1f} s, of which "
-                    f"{train_step.compile_seconds:.1f} s compiling its bucket."
-                )
-            if pending is not None:
-                pace.add(accumulate(progress, pending, experiment, plan, step - 1))
-            pending = sums
-            checkpoints.poll()
+        bucket, graphs = next(train_iter)
+        batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size)
+        lr_scale = np.float32(progress["lr_scale"])
+        state, sums = train_step(bucket, state, batch, lr_scale)
+        step += 1
+        if step == first_step + 1:
+            jax.block_until_ready(sums)
+            say(
+                f"First step after {time.perf_counter() - start_time:.1f} s, of which "
+                f"{train_step.compile_seconds:.1f} s compiling its bucket."
+            )
+        if pending is not None:
+            pace.add(accumulate(progress, pending, experiment, plan, step - 1))
+        pending = sums
+        checkpoints.poll()
 
     ### The end.
     checkpoints.wait()
     write.close()
-    if interruption.requested and step < num_steps:
-        checkpoints.close()
+    result = {}
+    if not interruption.requested:
+        best_step = checkpoints.best_step()
+        best = checkpoints.restore(best_step, experiment.abstract_state())
+        result = save_result(
+            workdir,
+            evaluator,
+            ema=best.ema,
+            step=best_step,
+            final_params=state.params,
+            identity=experiment.identity,
+            progress=progress,
+        )
+    checkpoints.close()
+    if interruption.requested and not result:
         raise Interrupted(
             f"Stopped by {interruption.requested} after step {step} of {num_steps}, saved in "
             f"{workdir}."
         )
-    best_step = checkpoints.best_step()
-    best = checkpoints.restore(best_step, experiment.abstract_state())
-    result = save_result(
-        workdir,
-        evaluator,
-        ema=best.ema,
-        step=best_step,
-        final_params=state.params,
-        identity=experiment.identity,
-        progress=progress,
-    )
-    checkpoints.close()
     return result
 
 
@@ -201,6 +201,7 @@ def new_progress(num_targets: int) -> dict:
         "best_score": float("inf"),
         "best_step": 0,
         "last_eval_step": 0,
+        "validation": "",
         "plateau_best": float("inf"),
         "plateau_bad": 0,
         "lr_scale": 1.0,
@@ -259,21 +260,25 @@ def log_train(write, progress: dict, pace, experiment: Experiment, step: int) ->
     progress["window"] = new_progress(len(mae))["window"]
     rate, left = pace.lap(step)
     errors = ", ".join(f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True))
+    validation = progress["validation"] and f"  validation MAE {progress['validation']}"
     say(
-        f"step {step}/{num_steps}  train MAE {errors}  lr {values['learning_rate']:.2e}  "
+        f"step {step}/{num_steps}  train MAE {errors}{validation}  lr {values['learning_rate']:.2e}  "
         f"{rate:.0f} molecules/s  ETA {writers.duration(left)}"
     )
 
 
 def evaluate(evaluator: Evaluator, state: TrainState, step: int, progress: dict, write):
-    """Validation error of the averaged weights; None if a signal cut it short."""
+    """Validation error of the averaged weights; None if a signal cut it short.
+
+    Then nothing is recorded, and a resume evaluates this step again.
+    """
     start = time.perf_counter()
     outcome = evaluator.run(state.ema, "validation")
     if outcome is None:
-        return None  # a resume evaluates this step again
+        return None
     score, values = outcome.score, outcome.values()
     write.write(step, "validation", values | {"score": score})
-    progress["last_eval_step"] = step
+    progress["last_eval_step"], progress["validation"] = step, outcome.text()
     best = score < progress["best_score"]
     if best:
         progress["best_score"], progress["best_step"] = score, step
