@@ -129,8 +129,8 @@ def _smoke(config: ConfigDict) -> None:
     """A small model on the sample that ships with the repository."""
     _quick(config)
     config.data.update({"source": "sample", "split": "random", "batch_size": 16})
-    config.data.update({"eval_batch_size": 32, "buckets": (20, 29)})
-    config.model.update({"width": 32, "edge_layers": 1, "joint_layers": 1, "num_radial": 16})
+    config.data.update({"eval_batch_size": 32, "buckets": (29,)})
+    config.model.update({"width": 32, "num_heads": 4, "joint_layers": 1, "num_radial": 16})
     config.optim.warmup_steps = 10
     config.train.update({"num_steps": 40, "eval_every": 20})
     config.checkpoint.every_steps = 5

@@ -166,7 +166,8 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
         started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
         if file.exists() and started:
             config_lib.check_same_run(report.read_json(file), identity, workdir)
-        writers.write_json(file, identity)
+        else:
+            writers.write_json(file, identity)
     except OSError as error:
         raise UserError(
             f"The workdir {workdir} cannot be written: {error}. Choose another --workdir."
@@ -262,8 +263,8 @@ def log_train(write, progress: dict, pace, experiment: Experiment, step: int) ->
     errors = ", ".join(f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True))
     validation = progress["validation"] and f"  validation MAE {progress['validation']}"
     say(
-        f"step {step}/{num_steps}  train MAE {errors}{validation}  lr {values['learning_rate']:.2e}  "
-        f"{rate:.0f} molecules/s  ETA {writers.duration(left)}"
+        f"step {step}/{num_steps}  train MAE {errors}{validation}  "
+        f"lr {values['learning_rate']:.2e}  {rate:.0f} molecules/s  ETA {writers.duration(left)}"
     )
 
 

@@ -16,7 +16,6 @@ TINY = [
     "--config.model.width=16",
     "--config.model.num_heads=2",
     "--config.data.eval_batch_size=16",
-    "--config.data.buckets=(29,)",
 ]
 
 
