@@ -41,20 +41,14 @@ class Checkpoints:
         self._folder = workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         damaged = self._set_damaged_aside(workdir / "damaged")
+        self._best = _KeepBest()
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
             item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 preservation_policy=preservation_policy.AnyPreservationPolicy(
-                    [
-                        preservation_policy.LatestN(keep_last),
-                        preservation_policy.BestN(
-                            get_metric_fn=lambda metrics: -metrics["score"],
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
+                    [preservation_policy.LatestN(keep_last), self._best]
                 ),
             ),
         )
@@ -73,13 +67,9 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation score; None before the first evaluation."""
-        scores = {
-            step: self._manager.metrics(step)["score"]
-            for step in self._manager.all_steps()
-            if self._manager.metrics(step)
-        }
-        return min(scores, key=lambda step: (scores[step], step)) if scores else None
+        """The step with the lowest validation score so far; None before the first evaluation."""
+        latest = self.latest_step()
+        return None if latest is None else self.meta(latest)["progress"]["best_step"] or None
 
     def meta(self, step: int) -> dict:
         return self._manager.restore(
@@ -88,6 +78,11 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
+        if step not in self._manager.all_steps():
+            raise UserError(
+                f"{self._folder} has no whole checkpoint of step {step}, which had the best "
+                f"validation score; it has {sorted(self._manager.all_steps())}."
+            )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=args).state
 
@@ -113,24 +108,24 @@ class Checkpoints:
 
     # --- writing -------------------------------------------------------------------------------
 
-    def save(self, state, meta: dict, score: float | None = None) -> None:
+    def save(self, state, meta: dict) -> None:
         """Starts saving; blocks only while arrays are copied. A step saved before is replaced.
 
         Args:
           state: a `TrainState`.
-          meta: JSON; config, passport and progress of the run.
-          score: validation score of this state (lower is better), if it was evaluated.
+          meta: JSON; config, passport and progress of the run. The checkpoint of its
+            `progress["best_step"]` is kept.
         """
         step = int(state.step)
         self.wait()
         if step in self._manager.all_steps():
             self._manager.delete(step)
+        self._best.step = meta["progress"]["best_step"]
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
             ),
-            metrics=None if score is None else {"score": score},
             force=True,
         )
         self._without_manifest = step
@@ -157,6 +152,19 @@ class Checkpoints:
         self.wait()
         self._manager.close()
         self._hashing.shutdown()
+
+
+class _KeepBest:
+    """An Orbax preservation policy: keeps the one checkpoint of `step`.
+
+    Orbax's own BestN wants a metric with every save, and ours between evaluations have none.
+    """
+
+    step = 0
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 def _files(folder: pathlib.Path) -> dict[str, dict]:

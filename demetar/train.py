@@ -82,10 +82,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
     step, saved_step = first_step, first_step
     pending: StepSums | None = None  # sums of the step before, still on the device
 
-    def save(score=None):
+    def save():
         nonlocal saved_step
         progress["train_seconds"] = time.perf_counter() - loop_start
-        checkpoints.save(state, experiment.identity | {"progress": progress}, score)
+        checkpoints.save(state, experiment.identity | {"progress": progress})
         saved_step = step
 
     interruption.defer()
@@ -108,7 +108,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
             if config.optim.schedule == "plateau":
                 plateau = config.optim.plateau
                 plateau_step(progress, score, plateau.factor, plateau.patience, plateau.min_scale)
-            save(score)
+            save()
         elif saves or ((stop or evaluates) and step > saved_step):
             save()
         if stop or (evaluates and score is None) or step == num_steps:

@@ -87,6 +87,13 @@ def test_result_files_are_what_the_documentation_promises(finished):
     assert found["data_passport"]["molecules"] == 500
     assert found["config"]["data"]["targets"] == ["homo"]
     assert json.loads((finished / "config.json").read_text())["config"] == found["config"]
+    scores = {
+        line["step"]: line["score"]
+        for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+        if line["split"] == "validation"
+    }
+    assert found["step"] == min(scores, key=scores.get)
+    assert found["validation_score"] == min(scores.values())
     assert steps(finished) == list(range(1, 41))
     assert steps(finished, "validation") == [20, 40]
     for picture in ("parity.png", "learning_curves.png"):
@@ -123,6 +130,19 @@ def test_signal_saves_says_how_to_resume_and_has_its_own_code(runner, finished, 
     assert "resumed at" in runner.run(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
     assert result(tmp_path)["params_sha256"] == result(finished)["params_sha256"]
+
+
+def test_the_best_checkpoint_is_kept_and_is_what_is_tested(runner, tmp_path):
+    """A rate that ruins the weights after the first evaluation: the best are the early ones."""
+    flags = ["--config.optim.schedule=constant", "--config.optim.learning_rate=0.02"]
+    flags += ["--config.train.eval_every=5", "--config.optim.ema_decay=0.0"]
+    runner.run(tmp_path, *flags)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = {x["step"]: x["score"] for x in lines if x["split"] == "validation"}
+    best = min(scores, key=scores.get)
+    assert best < 35  # else the last two would be kept anyway
+    assert result(tmp_path)["step"] == best
+    assert (tmp_path / "checkpoints" / str(best)).is_dir()
 
 
 def test_finished_run_says_so_and_changes_nothing(runner, finished):
