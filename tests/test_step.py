@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from data_pipelines import pipeline
-from data_pipelines.plan import FILL, BatchPlan, Bucket
+from data_pipelines.plan import FILL, BatchPlan, Bucket, buckets_with_limits
 from demetar import sharding
 from demetar.experiment import Experiment
 from demetar.models import create_model
@@ -30,6 +30,9 @@ def load_config(arg):
 
 def make_experiment(dataset, devices=1, dtype="float32", accumulation=1, **model):
     config = load_config("smoke")
+    # One bucket: every further one is another program to compile.
+    buckets = buckets_with_limits(dataset.arrays.sizes, (29,))
+    dataset = dataclasses.replace(dataset, buckets=buckets)
     config.data.batch_size = 16
     config.train.accumulation = accumulation
     config.model.update({"width": 16, "num_heads": 4, "dtype": dtype} | model)
