@@ -170,7 +170,7 @@ class _KeepBest:
 def _files(folder: pathlib.Path) -> dict[str, dict]:
     facts = {}
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and file.name != _MANIFEST:
+        if file.is_file() and _MANIFEST not in file.name:
             with file.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             facts[str(file.relative_to(folder))] = {
@@ -181,9 +181,10 @@ def _files(folder: pathlib.Path) -> dict[str, dict]:
 
 
 def _write_manifest(folder: pathlib.Path) -> None:
+    files = _files(folder)  # before the manifest's own file exists
     unfinished = folder / f".{_MANIFEST}.tmp"
     with unfinished.open("w") as stream:
-        json.dump({"files": _files(folder)}, stream, indent=1)
+        json.dump({"files": files}, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.rename(folder / _MANIFEST)

@@ -61,9 +61,9 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
         progress = new_progress(len(experiment.dataset.targets))
     else:
         meta = checkpoints.meta(first_step)
+        progress = meta.pop("progress")
         config_lib.check_same_run(meta, experiment.identity, workdir)
         state = checkpoints.restore(first_step, experiment.abstract_state())
-        progress = meta["progress"]
     print_card(experiment, workdir, plan, state, first_step)
 
     ### The loop.
