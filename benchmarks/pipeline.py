@@ -67,7 +67,7 @@ def main(argv) -> None:
     del argv
     result = {
         "command": "python benchmarks/pipeline.py",
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, NumPy {np.__version__}",
         "batch_size": BATCH_SIZE,
         "steps": _STEPS.value,
         "edges": {kind: measure(kind) for kind in ("bonds", "cutoff", "complete")},

@@ -297,7 +297,10 @@ def _open(folder: pathlib.Path) -> tuple[MoleculeArrays, dict]:
                     f"with {expected['sha256'][:12]}…. {remedy}"
                 )
         arrays = {
-            name: np.load(folder / "arrays" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            # Views as plain arrays: indexing np.memmap itself costs more than the gather.
+            name: np.asarray(
+                np.load(folder / "arrays" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            )
             for name in _FIELDS
         }
     except (OSError, ValueError, KeyError) as error:
