@@ -32,9 +32,6 @@ class BondType(enum.IntEnum):
     AROMATIC = 4
 
 
-NUM_BOND_TYPES = len(BondType)
-
-
 class Agreement(enum.IntEnum):
     """How a molecule's SMILES and geometry compare."""
 
