@@ -95,7 +95,7 @@ class Checkpoints:
             reason = _what_is_wrong(folder)
             if reason is None:
                 continue
-            damaged |= (folder / _MANIFEST).exists() or reason.startswith("missing file")
+            damaged |= (folder / _MANIFEST).exists()
             print(
                 f"Checkpoint {folder.name} is not whole ({reason}); moved to {aside}. "
                 "Going back to the one before.",

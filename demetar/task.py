@@ -48,13 +48,6 @@ class Normalization:
         """The inverse of `standardize`."""
         return standardized_GxT * self.scale + self.offset + num_atoms_G[:, None] * self.slope
 
-    def to_json(self) -> dict:
-        return {k: v.tolist() for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, fields: dict) -> "Normalization":
-        return cls(**{k: np.asarray(v, np.float64) for k, v in fields.items()})
-
 
 def standardize(dataset: Dataset, dtype) -> tuple[GraphArrays, Normalization]:
     """The data set's graphs with standardised targets in `dtype`, and what was subtracted."""
