@@ -23,10 +23,13 @@ class GraphArrays:
       index: [G] int32.
       node_offset: [G + 1] int64.
       atomic_number: [atoms] uint8.
-      position: [atoms, 3] float32, angstrom.
+      position: [atoms, 3] float.
       edge_offset: [G + 1] int64.
       edges: [edges, 3] uint8, rows (sender, receiver, BondType).
-      target: [G, T] float; its type is also that of the positions of a batch.
+      target: [G, T] float, or [atoms, 3] where every node has its own; its type is also that
+        of the positions of a batch.
+      velocity: [atoms, 3] float, or None.
+      charge: [atoms] float, or None.
     """
 
     index: np.ndarray
@@ -36,6 +39,12 @@ class GraphArrays:
     edge_offset: np.ndarray
     edges: np.ndarray
     target: np.ndarray
+    velocity: np.ndarray | None = None
+    charge: np.ndarray | None = None
+
+    @property
+    def target_per_node(self) -> bool:
+        return self.velocity is not None
 
     @property
     def sizes(self) -> Sizes:
@@ -59,19 +68,31 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
     edges_BxEx3 = np.zeros((*edge.shape, 3), np.int32)
     if len(arrays.edges):
         edges_BxEx3 = np.where(edge_mask[..., None], arrays.edges[edge], 0).astype(np.int32)
+    dtype = arrays.target.dtype
+
+    def per_node(values):
+        if values is None:
+            return None
+        mask = node_mask.reshape(*node_mask.shape, *[1] * (values.ndim - 1))
+        return np.where(mask, values[node], 0).astype(dtype)
+
+    if arrays.target_per_node:
+        target = per_node(arrays.target)
+    else:
+        target = np.where(real_B[:, None], arrays.target[g_B], 0).astype(dtype)
     return Graph(
-        position=np.where(node_mask[..., None], arrays.position[node], 0).astype(
-            arrays.target.dtype
-        ),
+        position=per_node(arrays.position),
         atomic_number=np.where(node_mask, arrays.atomic_number[node], 0).astype(np.int32),
         node_mask=node_mask,
         senders=edges_BxEx3[..., 0],
         receivers=edges_BxEx3[..., 1],
         edge_type=edges_BxEx3[..., 2],
         edge_mask=edge_mask,
-        target=np.where(real_B[:, None], arrays.target[g_B], 0).astype(arrays.target.dtype),
+        target=target,
         graph_mask=real_B,
         index=np.where(real_B, arrays.index[g_B], 0).astype(np.int32),
+        velocity=per_node(arrays.velocity),
+        charge=per_node(arrays.charge),
     )
 
 

@@ -2,28 +2,20 @@
 
     source --our TFDS builder--> ArrayRecord --decoded once--> arrays/*.npy + passport.json
 
-The folder appears under its final name only when it is complete (built beside it, then
-renamed), so a killed preparation leaves nothing that looks finished, and of two jobs that
-start together one prepares while the other waits. Every later start checks the arrays
-against the passport.
+How a preparation survives kills, races and damage: `prepared.py`.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import io
-import json
-import os
 import pathlib
-import shutil
-import socket
-import sys
 
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.qm9_sources import NUM_CHARACTERIZED, SOURCES, characterized_indices
 from data_pipelines.splits import SPLIT_NAMES, get_split, split_hash
 from data_pipelines.targets import ELEMENTS, TARGETS
@@ -65,15 +57,6 @@ class MoleculeArrays:
         ).astype(np.int64)
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(MoleculeArrays))
-
-
-def default_cache_dir() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/demetar`, or `~/.cache/demetar`."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "demetar"
-
-
 def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArrays, dict]:
     """The prepared molecules and their passport, preparing them first where needed.
 
@@ -92,18 +75,8 @@ def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArra
         )
     root = pathlib.Path(cache_dir or default_cache_dir()) / "qm9"
     folder = root / f"{source}-{_source_key(source, path)}"
-    if not folder.exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with _lock(root / f"{folder.name}.lock"):
-                if not folder.exists():  # else another job has prepared it while we waited
-                    _prepare(source, path, folder)
-        except OSError as error:
-            raise UserError(
-                f"Cannot prepare QM9 in {folder}: {error}. Set config.data.cache_dir to a "
-                "writable folder with 500 MB of space."
-            ) from error
-    return _open(folder)
+    arrays, passport = prepare(folder, lambda building: _build(source, path, building), "500 MB")
+    return MoleculeArrays(**arrays), passport
 
 
 def _source_key(source: str, path: str) -> str:
@@ -122,32 +95,13 @@ def _source_key(source: str, path: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-@contextlib.contextmanager
-def _lock(file: pathlib.Path):
-    """Held by one process of this host at a time; the kernel frees it when a holder dies."""
-    with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("Another process is preparing QM9; waiting for it.", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
 # --- preparing ---------------------------------------------------------------------------------
 
 
-def _prepare(source: str, path: str, folder: pathlib.Path) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a killed preparation: we hold the lock
-    building = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
-    try:
-        agreement = _build_records(SOURCES[source](path), building)
-        arrays = _decode_records(building)
-        _write_arrays(arrays, building, source, agreement)
-        building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def _build(source: str, path: str, folder: pathlib.Path) -> None:
+    agreement = _build_records(SOURCES[source](path), folder)
+    arrays = _decode_records(folder)
+    write(folder, arrays, _passport(MoleculeArrays(**arrays), source, agreement))
 
 
 def _build_records(molecules, data_dir: pathlib.Path) -> list[int]:
@@ -221,16 +175,6 @@ def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.nd
     }
 
 
-def _write_arrays(arrays: dict, folder: pathlib.Path, source: str, agreement: list[int]) -> None:
-    (folder / "arrays").mkdir()
-    for name, array in arrays.items():
-        np.save(folder / "arrays" / f"{name}.npy", array, allow_pickle=False)
-    molecules = MoleculeArrays(**arrays)
-    passport = _passport(molecules, source, agreement)
-    passport["files"] = {name: _file_facts(folder / "arrays" / f"{name}.npy") for name in _FIELDS}
-    (folder / "passport.json").write_text(json.dumps(passport, indent=1))
-
-
 def _passport(molecules: MoleculeArrays, source: str, agreement: list[int]) -> dict:
     """What these data are: counts, ids, units, hashes. Goes into every run's config.json."""
     index = molecules.index
@@ -272,37 +216,3 @@ def _content_hash(molecules: MoleculeArrays) -> str:
     digest.update(molecules.position.astype("<f4").tobytes())
     digest.update(molecules.properties.astype("<f4").tobytes())
     return digest.hexdigest()
-
-
-# --- opening -----------------------------------------------------------------------------------
-
-
-def _file_facts(file: pathlib.Path) -> dict:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _open(folder: pathlib.Path) -> tuple[MoleculeArrays, dict]:
-    remedy = f"Delete {folder} to prepare it again."
-    try:
-        passport = json.loads((folder / "passport.json").read_text())
-        for name, expected in passport.pop("files").items():
-            file = folder / "arrays" / f"{name}.npy"
-            found = _file_facts(file)
-            if found != expected:
-                raise UserError(
-                    f"{file} is damaged: {found['bytes']} bytes with SHA-256 "
-                    f"{found['sha256'][:12]}…, but its passport says {expected['bytes']} bytes "
-                    f"with {expected['sha256'][:12]}…. {remedy}"
-                )
-        arrays = {
-            # Views as plain arrays: indexing np.memmap itself costs more than the gather.
-            name: np.asarray(
-                np.load(folder / "arrays" / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            )
-            for name in _FIELDS
-        }
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Prepared data in {folder} cannot be read: {error}. {remedy}") from error
-    return MoleculeArrays(**arrays), passport

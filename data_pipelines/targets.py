@@ -1,4 +1,4 @@
-"""The one table of QM9's targets: units, atom references, extensivity and read-out.
+"""The one table of targets: units, atom references, extensivity, read-out and metric.
 
 Everything that turns a column of the source into the number a model learns, and back
 into the number a paper prints, is a row here. Conversions are done in float64: float32
@@ -27,7 +27,7 @@ ELEMENTS = {"H": 1, "C": 6, "N": 7, "O": 8, "F": 9}
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One property of QM9.
+    """One property of QM9, or the positions of particles.
 
     Attributes:
       name: what `config.data.targets` calls it, and the key in `result.json`.
@@ -38,6 +38,7 @@ class Target:
       atom_references: whether single-atom values are subtracted before learning.
       extensive: whether it grows with the molecule (then it is normalised per atom).
       readout: the read-out that suits it; `config.model.readout` can override it.
+      metric: of its reported error, `mae` or `mse`; the unit of an mse is `unit` squared.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     atom_references: bool
     extensive: bool
     readout: str
+    metric: str = "mae"
 
 
 def _energy(name: str, symbol: str, references: bool, extensive: bool, readout: str) -> Target:
@@ -76,6 +78,8 @@ TARGETS = {
     )
 }
 TARGET_NAMES = tuple(TARGETS)
+# Where the particles of an N-body system are after the horizon, in the simulator's length.
+POSITION = Target("position", "x", "length", "length", 1.0, False, False, "position", "mse")
 
 
 def get_targets(names) -> tuple[Target, ...]:

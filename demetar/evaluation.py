@@ -18,7 +18,7 @@ from demetar.graph import Array
 from demetar.interrupt import Interruption
 from demetar.state import params_sha256
 from demetar.step import CompiledPerBucket, make_eval_step
-from demetar.task import TargetErrors
+from demetar.task import TargetErrors, error_scale, trivial_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +27,18 @@ class Outcome:
 
     Attributes:
       dataset: what was evaluated.
-      scale: [T] standard deviations that turn standardised errors into reported units.
+      scale: [T] from standardised to reported errors.
       errors: sums and count over the split.
       graphs: [g] positions of the graphs.
-      prediction: [g, T] float64, reported units.
+      graph_errors: [g, T] float64, reported units.
+      prediction: reported units, float64: [g, T], or [nodes, 3] of the graphs in their order.
     """
 
     dataset: Dataset
     scale: np.ndarray
     errors: TargetErrors
     graphs: np.ndarray
+    graph_errors: np.ndarray
     prediction: np.ndarray
 
     @property
@@ -45,22 +47,30 @@ class Outcome:
 
     @property
     def score(self) -> float:
-        """Mean over targets of the standardised MAE: what `best` means."""
+        """Mean over targets of the standardised error: what `best` means."""
         return float(np.mean(self.errors.compute()))
 
     @property
-    def mae(self) -> np.ndarray:
-        """[T] mean absolute errors, reported units."""
+    def error(self) -> np.ndarray:
+        """[T] of the data set's metric, reported units."""
         return self.errors.compute() * self.scale
 
     def values(self) -> dict[str, float]:
         return {
-            f"{t.name}_mae": float(m) for t, m in zip(self.dataset.targets, self.mae, strict=True)
+            f"{t.name}_{t.metric}": float(e)
+            for t, e in zip(self.dataset.targets, self.error, strict=True)
         }
 
     def text(self) -> str:
-        pairs = zip(self.dataset.targets, self.mae, strict=True)
-        return ", ".join(f"{t.name} {m:.4g} {t.unit}" for t, m in pairs)
+        return error_text(self.dataset, self.error)
+
+
+def error_text(dataset: Dataset, error_T) -> str:
+    """`MAE homo 103.8 meV, lumo ...`, for a person."""
+    pairs = zip(dataset.targets, error_T, strict=True)
+    power = "^2" if dataset.metric == "mse" else ""
+    values = ", ".join(f"{t.name} {e:.4g} {t.unit}{power}" for t, e in pairs)
+    return f"{dataset.metric.upper()} {values}"
 
 
 class Evaluator:
@@ -71,9 +81,9 @@ class Evaluator:
         mesh = experiment.mesh
         everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
         jitted = jax.jit(
-            make_eval_step(experiment.model),
+            make_eval_step(experiment.model, experiment.dataset.metric),
             in_shardings=(everywhere, split),
-            out_shardings=(everywhere, split),
+            out_shardings=(everywhere, split, split),
         )
         self._step = CompiledPerBucket(jitted, len(experiment.dataset.buckets))
 
@@ -88,25 +98,34 @@ class Evaluator:
         plan = BatchPlan(arrays.sizes, dataset.split[split], dataset.buckets, batch_size, seed=None)
         rows = sharding.process_rows(mesh, batch_size)
         batches = pipeline.batches(arrays, plan, rows, range(plan.steps_per_epoch))
-        sums, order, outputs = [], [], []
+        sums, order, graph_errors, outputs = [], [], [], []
         for step, (bucket, batch) in enumerate(batches):
             if self._interruption is not None and self._interruption.requested:
                 return None
+            graphs_B = plan[step][1]
+            real_B = graphs_B >= 0
             batch = sharding.to_devices(batch, mesh, batch_size)
-            errors, prediction_BxT = self._step(bucket, params, batch)
+            errors, error_BxT, prediction = self._step(bucket, params, batch)
             sums.append(errors)
-            order.append(plan[step][1])
-            outputs.append(prediction_BxT)
-        order = np.concatenate(order)
-        prediction = np.concatenate([_on_host(x) for x in outputs]).astype(np.float64)
-        real = order >= 0
-        order, prediction = order[real], prediction[real]
+            order.append(graphs_B[real_B])
+            graph_errors.append(_float64(_on_host(error_BxT))[real_B])
+            prediction = _float64(_on_host(prediction))
+            if arrays.target_per_node:
+                outputs.append(prediction[_on_host(batch.node_mask)])
+            else:
+                outputs.append(prediction[real_B])
+        order, prediction = np.concatenate(order), np.concatenate(outputs)
+        normalization = self._experiment.normalization
+        scale = error_scale(normalization, dataset.metric)
+        if not arrays.target_per_node:
+            prediction = normalization.restore(prediction, arrays.sizes.num_nodes[order])
         return Outcome(
             dataset,
-            self._experiment.normalization.scale,
+            scale,
             functools.reduce(TargetErrors.merge, (jax.tree.map(_float64, s) for s in sums)),
             order,
-            self._experiment.normalization.restore(prediction, arrays.sizes.num_nodes[order]),
+            np.concatenate(graph_errors) * scale,
+            prediction,
         )
 
 
@@ -122,27 +141,34 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 def result_of(outcome: Outcome, split: str, step: int, identity: dict) -> dict:
     """The part of `result.json` that an evaluation alone can say."""
-    passport = identity["passport"]
-    part = outcome.dataset.arrays.target[outcome.dataset.split["train"]]
-    mean_T = part.mean(axis=0)
-    true = outcome.dataset.arrays.target[outcome.graphs]
+    passport, dataset = identity["passport"], outcome.dataset
+    metric = dataset.metric
+    trivial = trivial_errors(dataset, outcome.graphs)
+    targets = {}
+    for k, (target, error) in enumerate(zip(dataset.targets, outcome.error, strict=True)):
+        row = {metric: float(error), "unit": target.unit}
+        row |= {f"{metric}_of_{name}": float(error_T[k]) for name, error_T in trivial.items()}
+        if metric == "mse":  # a few close encounters make most of a mean: say so
+            error_g = outcome.graph_errors[:, k]
+            row |= {"median": float(np.median(error_g)), "interval_95": _interval_95(error_g)}
+        targets[target.name] = row
     return {
         "dataset": passport["dataset"],
         "split": split,
-        "split_name": identity["config"]["data"]["split"],
+        "split_name": dataset.split_name,
         "step": step,
         "count": outcome.count,
-        "targets": {
-            t.name: {
-                "mae": float(mae),
-                "unit": t.unit,
-                "mae_of_training_mean": float(np.abs(true[:, k] - mean_T[k]).mean()),
-            }
-            for k, (t, mae) in enumerate(zip(outcome.dataset.targets, outcome.mae, strict=True))
-        },
+        "targets": targets,
         "data_passport": passport,
         "config": identity["config"],
     }
+
+
+def _interval_95(error_g: np.ndarray) -> list[float]:
+    """Bootstrap interval of the mean over graphs: percentiles of 2,000 resamples."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(error_g, len(error_g)).mean() for _ in range(2_000)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
 def save_result(
@@ -161,10 +187,14 @@ def save_result(
         "params_sha256": params_sha256(jax.device_get(final_params)),
     }
     if jax.process_index() == 0:
-        report.plot_parity(workdir / "parity.png", outcome)
+        if outcome.dataset.arrays.target_per_node:
+            report.plot_trajectories(workdir / "trajectories.png", outcome)
+        else:
+            report.plot_parity(workdir / "parity.png", outcome)
         report.plot_learning_curves(workdir / "learning_curves.png", workdir, outcome)
         writers.write_json(workdir / "result.json", result)
-    print(f"Test MAE {outcome.text()} over {outcome.count} molecules; see {workdir}/result.json")
+    items = outcome.dataset.items
+    print(f"Test {outcome.text()} over {outcome.count} {items}; see {workdir}/result.json")
     return result
 
 

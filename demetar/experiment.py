@@ -16,7 +16,7 @@ from demetar.errors import UserError, suggest
 from demetar.models import create_model
 from demetar.optim import learning_rate, make_optimizer
 from demetar.state import TrainState, create_state
-from demetar.task import LOSSES, Normalization, standardize
+from demetar.task import ERRORS, Normalization, standardize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,9 @@ def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
         arrays=arrays,
         normalization=normalization,
         model=create_model(
-            target_readouts=tuple(t.readout for t in dataset.targets), **config.model
+            target_readouts=tuple(t.readout for t in dataset.targets),
+            horizon=dataset.horizon,
+            **config.model,
         ),
         schedule=schedule,
         tx=make_optimizer(schedule, optim.b1, optim.b2, optim.weight_decay, optim.clip_norm),
@@ -96,10 +98,10 @@ def _check(config: ml_collections.ConfigDict, mesh) -> None:
     data, train = config.data, config.train
     sharding.check_batch_size("config.data.batch_size", data.batch_size, mesh, train.accumulation)
     sharding.check_batch_size("config.data.eval_batch_size", data.eval_batch_size, mesh)
-    if train.loss not in LOSSES:
+    if train.loss not in ERRORS:
         raise UserError(
-            f"Unknown config.train.loss {train.loss!r}.{suggest(train.loss, LOSSES)} "
-            f"Known: {', '.join(LOSSES)}."
+            f"Unknown config.train.loss {train.loss!r}.{suggest(train.loss, ERRORS)} "
+            f"Known: {', '.join(ERRORS)}."
         )
     for group, key in (
         ("train", "num_steps"),

@@ -7,6 +7,9 @@ Letters in names such as `x_NxD`, everywhere in the project:
     E  edges of a graph, padded   K  radial basis functions
     G  graphs of a data set       T  targets
 
+Particles of an N-body system are nodes too: "atoms" of number 1 that also have a velocity
+and a charge. Molecules have neither (`None`), and their targets belong to the graph.
+
 Invariant: slots past a graph's own nodes and edges are masked, and whatever they hold
 (zeros or junk) changes no output, loss or gradient bit.
 """
@@ -29,16 +32,18 @@ class Graph:
     direction mirrors them itself.
 
     Attributes:
-      position: [N, 3] float, angstrom.
+      position: [N, 3] float, angstrom for molecules.
       atomic_number: [N] int32; 0 in padding.
       node_mask: [N] bool, true for real atoms.
       senders: [E] int32, index of an edge's first atom.
       receivers: [E] int32, index of its second atom.
       edge_type: [E] int32, a `BondType` (0: no chemical bond).
       edge_mask: [E] bool, true for real edges.
-      target: [T] float, in reported units (see `data_pipelines.targets`).
+      target: [T] float, standardised; or [N, 3], the positions that the nodes move to.
       graph_mask: [] bool, false for a graph that only fills up a batch.
       index: [] int32, the molecule's published number; 0 in padding.
+      velocity: [N, 3] float, or None.
+      charge: [N] float, or None.
     """
 
     position: Array
@@ -51,6 +56,8 @@ class Graph:
     target: Array
     graph_mask: Array
     index: Array
+    velocity: Array | None = None
+    charge: Array | None = None
 
 
 def without_padding_values(graph: Graph) -> Graph:
@@ -58,8 +65,11 @@ def without_padding_values(graph: Graph) -> Graph:
     import jax.numpy as jnp
 
     node, edge = graph.node_mask, graph.edge_mask
+    rows = lambda x: None if x is None else jnp.where(node[:, None], x, 0)
     return graph.replace(
-        position=jnp.where(node[:, None], graph.position, 0),
+        velocity=rows(graph.velocity),
+        charge=None if graph.charge is None else jnp.where(node, graph.charge, 0),
+        position=rows(graph.position),
         atomic_number=jnp.where(node, graph.atomic_number, 0),
         senders=jnp.where(edge, graph.senders, 0),
         receivers=jnp.where(edge, graph.receivers, 0),

@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from data_pipelines.qm9 import default_cache_dir
+from data_pipelines.prepared import default_cache_dir
 from demetar.config import real_dtype
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h

@@ -15,7 +15,7 @@ import optax
 
 from demetar.graph import Array, Graph
 from demetar.state import TrainState
-from demetar.task import TargetErrors
+from demetar.task import TargetErrors, graph_errors
 
 
 @flax.struct.dataclass
@@ -24,7 +24,7 @@ class StepSums:
 
     Attributes:
       loss: [] sum over graphs and targets of the loss, standardised units.
-      errors: absolute errors and count.
+      errors: sum of the metric and count.
       grad_norm: [] global norm of the (averaged) gradient, before clipping.
       graph_loss: [B] per graph, to name the graphs behind a loss that is not finite.
     """
@@ -38,13 +38,20 @@ class StepSums:
 def make_train_step(
     model,
     tx: optax.GradientTransformation,
-    loss_fn: Callable,
     *,
+    loss: str,
+    metric: str,
     seed: int,
     ema_decay: float,
     accumulation: int = 1,
 ) -> Callable[[TrainState, Graph, Array], tuple[TrainState, StepSums]]:
-    """`(state, batch, lr_scale) -> (state, sums)`; randomness is fold_in(seed, step)."""
+    """`(state, batch, lr_scale) -> (state, sums)`; randomness is fold_in(seed, step).
+
+    Args:
+      loss: of `task.ERRORS`, what is differentiated.
+      metric: of `task.ERRORS`, what is logged.
+    """
+    has_dropout = getattr(model, "dropout", 0.0) > 0
 
     def micro_step(params, batch: Graph, key):
         """Gradient of the summed loss, and the sums."""
@@ -52,24 +59,25 @@ def make_train_step(
         def summed_loss(params):
             def predict(graph, key):
                 rngs = {"dropout": key}
-                return model.apply({"params": params}, graph, model.dropout == 0, rngs=rngs)
+                return model.apply({"params": params}, graph, not has_dropout, rngs=rngs)
 
             keys_B = jax.random.split(key, len(batch.graph_mask))
-            prediction_BxT = jax.vmap(predict)(batch, keys_B)
-            loss_BxT = loss_fn(prediction_BxT - batch.target)
+            prediction = jax.vmap(predict)(batch, keys_B)
+            loss_BxT = graph_errors(loss, prediction, batch)
             loss_B = jnp.where(batch.graph_mask, loss_BxT.mean(axis=1), 0.0)
-            errors = TargetErrors.from_model_output(prediction_BxT, batch.target, batch.graph_mask)
+            error_BxT = graph_errors(metric, prediction, batch)
+            errors = TargetErrors.from_model_output(error_BxT, batch.graph_mask)
             return loss_B.sum(), (loss_B, errors)
 
-        (loss, (loss_B, errors)), grad = jax.value_and_grad(summed_loss, has_aux=True)(params)
-        return grad, loss, errors, loss_B
+        (total, (loss_B, errors)), grad = jax.value_and_grad(summed_loss, has_aux=True)(params)
+        return grad, total, errors, loss_B
 
     def train_step(state: TrainState, batch: Graph, lr_scale: Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         if accumulation == 1:
-            grad, loss, errors, loss_B = micro_step(state.params, batch, key)
+            grad, total, errors, loss_B = micro_step(state.params, batch, key)
         else:
-            grad, loss, errors, loss_B = _accumulate(micro_step, state.params, batch, key)
+            grad, total, errors, loss_B = _accumulate(micro_step, state.params, batch, key)
         batch_size = batch.graph_mask.shape[0]
         grad = jax.tree.map(lambda g: g / batch_size, grad)
         updates, opt_state = tx.update(grad, state.opt_state, state.params)
@@ -80,7 +88,7 @@ def make_train_step(
         ema = jax.tree.map(
             lambda e, p: (e + (1 - decay) * (p - e)).astype(p.dtype), state.ema, params
         )
-        sums = StepSums(loss, errors, optax.global_norm(grad), loss_B)
+        sums = StepSums(total, errors, optax.global_norm(grad), loss_B)
         return TrainState(state.step + 1, params, opt_state, ema), sums
 
     def _accumulate(micro_step, params, batch, key):
@@ -89,30 +97,30 @@ def make_train_step(
         split = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
         micro_batches = jax.tree.map(split, batch)
 
-        def body(total, scanned):
+        def body(sums_so_far, scanned):
             number, micro_batch = scanned
             *sums, loss_B = micro_step(params, micro_batch, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, tuple(sums)), loss_B
+            return jax.tree.map(jnp.add, sums_so_far, tuple(sums)), loss_B
 
         one = jax.tree.map(lambda x: x[0], micro_batches)
         *shapes, _ = jax.eval_shape(micro_step, params, one, key)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), tuple(shapes))
-        (grad, loss, errors), loss_AxB = jax.lax.scan(
+        (grad, total, errors), loss_AxB = jax.lax.scan(
             body, zeros, (jnp.arange(accumulation), micro_batches)
         )
-        return grad, loss, errors, loss_AxB.swapaxes(0, 1).reshape(-1)
+        return grad, total, errors, loss_AxB.swapaxes(0, 1).reshape(-1)
 
     return train_step
 
 
-def make_eval_step(model) -> Callable:
-    """`(params, batch) -> (TargetErrors, predictions [B, T])`, without dropout."""
+def make_eval_step(model, metric: str) -> Callable:
+    """`(params, batch) -> (TargetErrors, errors [B, T], predictions)`, without dropout."""
 
     def eval_step(params, batch: Graph):
         predict = lambda graph: model.apply({"params": params}, graph)
-        prediction_BxT = jax.vmap(predict)(batch)
-        errors = TargetErrors.from_model_output(prediction_BxT, batch.target, batch.graph_mask)
-        return errors, prediction_BxT
+        prediction = jax.vmap(predict)(batch)
+        error_BxT = graph_errors(metric, prediction, batch)
+        return TargetErrors.from_model_output(error_BxT, batch.graph_mask), error_BxT, prediction
 
     return eval_step
 

@@ -19,13 +19,13 @@ from demetar import config as config_lib
 from demetar import report, sharding, writers
 from demetar.checkpoint import Checkpoints
 from demetar.errors import Interrupted, NonFiniteLoss, UserError
-from demetar.evaluation import Evaluator, save_result
+from demetar.evaluation import Evaluator, error_text, save_result
 from demetar.experiment import Experiment, build_experiment
 from demetar.interrupt import Interruption
 from demetar.optim import plateau_step
 from demetar.state import TrainState
 from demetar.step import CompiledPerBucket, StepSums, make_train_step
-from demetar.task import LOSSES
+from demetar.task import error_scale
 from demetar.writers import say
 
 
@@ -180,7 +180,8 @@ def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
     step = make_train_step(
         experiment.model,
         experiment.tx,
-        LOSSES[config.train.loss],
+        loss=config.train.loss,
+        metric=experiment.dataset.metric,
         seed=config.seed,
         ema_decay=config.optim.ema_decay,
         accumulation=config.train.accumulation,
@@ -222,9 +223,9 @@ def accumulate(
     if not (np.isfinite(loss) and np.isfinite(grad_norm)):
         raise NonFiniteLoss(
             f"Step {step}: the loss is {loss}, the norm of the gradient {grad_norm}. "
-            f"{blame(sums, experiment, plan, step)} Nothing of this step was saved. Look at these "
-            "molecules, lower config.optim.learning_rate or config.optim.clip_norm, or raise "
-            "config.optim.warmup_steps."
+            f"{blame(sums, experiment, plan, step)} Nothing of this step was saved. Look at "
+            f"these {experiment.dataset.items}, lower config.optim.learning_rate or "
+            "config.optim.clip_norm, or raise config.optim.warmup_steps."
         )
     window = progress["window"]
     window["loss"] += loss
@@ -236,35 +237,37 @@ def accumulate(
 
 
 def blame(sums: StepSums, experiment: Experiment, plan: BatchPlan, step: int) -> str:
-    """Which molecules (of this process's rows) made a step not finite."""
+    """Which graphs (of this process's rows) made a step not finite."""
     _, graphs_B = plan[step - 1]
-    bad = []
+    bad, items = [], experiment.dataset.items
     for shard in sums.graph_loss.addressable_shards:
         graphs = graphs_B[shard.index]
         bad += graphs[~np.isfinite(np.asarray(shard.data))].tolist()
     numbers = lambda graphs: ", ".join(str(experiment.arrays.index[g]) for g in graphs[:16])
     if bad:
-        return f"Not finite: molecules {numbers(bad)}{' ...' if len(bad) > 16 else ''}."
-    return f"Each loss is finite; the batch is molecules {numbers(graphs_B[graphs_B >= 0])} ...."
+        return f"Not finite: {items} {numbers(bad)}{' ...' if len(bad) > 16 else ''}."
+    return f"Each loss is finite; the batch is {items} {numbers(graphs_B[graphs_B >= 0])} ...."
 
 
 def log_train(write, progress: dict, pace, experiment: Experiment, step: int) -> None:
     """One line of metrics and one for the person who watches; starts a new window."""
-    window, targets = progress["window"], experiment.dataset.targets
+    window, dataset = progress["window"], experiment.dataset
+    targets = dataset.targets
     num_steps = experiment.config.train.num_steps
     count = max(window["count"], 1.0)
-    mae = np.array(window["errors"]) / count * experiment.normalization.scale
+    scale = error_scale(experiment.normalization, dataset.metric)
+    error_T = np.array(window["errors"]) / count * scale
     values = {"loss": window["loss"] / count, "grad_norm": window["grad_norm"]}
-    values |= {f"{t.name}_mae": m for t, m in zip(targets, mae.tolist(), strict=True)}
+    values |= {f"{t.name}_{t.metric}": e for t, e in zip(targets, error_T.tolist(), strict=True)}
     values["learning_rate"] = float(experiment.schedule(step - 1)) * progress["lr_scale"]
     write.write(step, "train", values)
-    progress["window"] = new_progress(len(mae))["window"]
+    progress["window"] = new_progress(len(error_T))["window"]
     rate, left = pace.lap(step)
-    errors = ", ".join(f"{t.name} {m:.4g} {t.unit}" for t, m in zip(targets, mae, strict=True))
-    validation = progress["validation"] and f"  validation MAE {progress['validation']}"
+    validation = progress["validation"] and f"  validation {progress['validation']}"
     say(
-        f"step {step}/{num_steps}  train MAE {errors}{validation}  "
-        f"lr {values['learning_rate']:.2e}  {rate:.0f} molecules/s  ETA {writers.duration(left)}"
+        f"step {step}/{num_steps}  train {error_text(dataset, error_T)}{validation}  "
+        f"lr {values['learning_rate']:.2e}  {rate:.0f} {dataset.items}/s  "
+        f"ETA {writers.duration(left)}"
     )
 
 
@@ -284,8 +287,8 @@ def evaluate(evaluator: Evaluator, state: TrainState, step: int, progress: dict,
     if best:
         progress["best_score"], progress["best_step"] = score, step
     say(
-        f"step {step}  validation MAE {outcome.text()}{'  (best)' if best else ''}  "
-        f"{outcome.count} molecules in {time.perf_counter() - start:.1f} s"
+        f"step {step}  validation {outcome.text()}{'  (best)' if best else ''}  "
+        f"{outcome.count} {outcome.dataset.items} in {time.perf_counter() - start:.1f} s"
     )
     return score
 
@@ -295,23 +298,18 @@ def print_card(
 ) -> None:
     """What runs, on what, from what: once, at the start."""
     config, mesh, dataset = experiment.config, experiment.mesh, experiment.dataset
-    passport, split = dataset.passport, dataset.split
-    bonds = passport["smiles_and_geometry"]
     device = jax.devices()[0].device_kind
     rows = {
         "devices": f"{jax.device_count()} x {device}, {jax.process_count()} process(es), "
         f"mesh {dict(mesh.shape)}",
-        "data": f"{passport['dataset']} from {passport['source']}: {passport['molecules']} "
-        f"molecules, content {passport['content_sha256'][:12]}",
-        "bonds": f"SMILES and geometry agree for {bonds['agree']} molecules; the SMILES is kept "
-        f"for {bonds['heavy_graph_differs']}, distances decide for {bonds['smiles_unusable']}",
+        **dataset.about,
         "targets": ", ".join(f"{t.name} [{t.unit}]" for t in dataset.targets),
-        "split": f"{config.data.split}: "
-        + ", ".join(f"{len(graphs)} {part}" for part, graphs in split.items()),
-        "batches": f"{plan.batch_size} molecules, {plan.steps_per_epoch} steps an epoch, "
+        "split": f"{dataset.split_name}: "
+        + ", ".join(f"{len(graphs)} {part}" for part, graphs in dataset.split.items()),
+        "batches": f"{plan.batch_size} {dataset.items}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.train.num_steps} steps",
         "buckets": ", ".join(f"{b.num_nodes}/{b.num_edges}" for b in plan.buckets)
-        + f" (nodes/edges); {plan.node_efficiency:.1%} of node slots hold atoms",
+        + f" (nodes/edges); {plan.node_efficiency:.1%} of node slots are used",
     }
     say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     say(f"demetar  {workdir}  {'resumed at' if step else 'starts at'} step {step}")

@@ -8,28 +8,36 @@ import jax.numpy as jnp
 from demetar.errors import UserError, suggest
 from demetar.graph import Array, Graph
 from demetar.models.demetar import Demetar
+from demetar.models.e3 import DemetarE3
 
-MODELS = {"demetar": Demetar}
+MODELS = {"demetar": Demetar, "demetar_e3": DemetarE3}
 
 _CHOICES = {
     "edge_attention": ("full", "shared_node"),
     "scaling": ("standard", "blog"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
-READOUTS = ("auto", "cls", "sum", "mean")
+READOUTS = ("cls", "sum", "mean", "position")
 
 
-def create_model(name: str, readout: str, target_readouts: tuple[str, ...], **options):
+def create_model(
+    name: str,
+    readout: str,
+    target_readouts: tuple[str, ...],
+    horizon: float | None = None,
+    **options,
+):
     """The model of a config; wrong names and values are `UserError`s.
 
     Args:
       name: of `MODELS`.
       readout: `auto` takes each target's own, else one of `READOUTS` for all.
       target_readouts: of the targets, from their table.
+      horizon: of the data set, for models of positions.
       **options: fields of the model; `dtype` as a name.
     """
     _check("name", name, MODELS)
-    _check("readout", readout, READOUTS)
+    _check("readout", readout, ("auto", *READOUTS))
     model_class = MODELS[name]
     fields = {field.name for field in dataclasses.fields(model_class)}
     for key, value in options.items():
@@ -37,12 +45,24 @@ def create_model(name: str, readout: str, target_readouts: tuple[str, ...], **op
             raise UserError(f"Model {name!r} has no option {key!r}.{suggest(key, fields)}")
         if key in _CHOICES:
             _check(key, value, _CHOICES[key])
-    if options["width"] % options["num_heads"]:
+    heads = options.get("num_heads", 1)
+    if options.get("width", heads) % heads:
         raise UserError(
             f"config.model.width ({options['width']}) must be a multiple of "
-            f"config.model.num_heads ({options['num_heads']})."
+            f"config.model.num_heads ({heads})."
         )
     readouts = target_readouts if readout == "auto" else (readout,) * len(target_readouts)
+    for wanted in readouts:
+        # A target of nodes has no graph read-out, nor the other way round.
+        if wanted not in model_class.READOUTS or ("position" in target_readouts) != (
+            wanted == "position"
+        ):
+            raise UserError(
+                f"Model {name!r} (read-outs: {', '.join(model_class.READOUTS)}) cannot give "
+                f"read-out {wanted!r} for these data (their own: {', '.join(target_readouts)})."
+            )
+    if "horizon" in fields:
+        options["horizon"] = horizon
     return model_class(readouts=readouts, **options | {"dtype": jnp.dtype(options["dtype"])})
 
 

@@ -11,7 +11,7 @@ Everything the tokens see is invariant under rotation, reflection and translatio
 under those and under permutation of the atoms.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class Demetar(nn.Module):
       dropout: rate on residual branches.
       dtype: of matrix products and activations; parameters stay float32.
     """
+
+    READOUTS: ClassVar = ("cls", "sum", "mean", "position")
 
     readouts: tuple[str, ...]
     width: int = 128

@@ -1,0 +1,116 @@
+"""Data prepared once: a folder of arrays that is whole or absent, and its passport.
+
+    <cache>/<data set>/<name>/arrays/*.npy + passport.json
+
+A folder appears under its final name only when it is complete (built beside it, then
+renamed), so a killed preparation leaves nothing that looks finished, and of two jobs that
+start together one prepares while the other waits. Every start checks the arrays against the
+sizes and SHA-256 in the passport.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+
+import numpy as np
+
+from demetar.errors import UserError
+
+
+def default_cache_dir() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/demetar`, or `~/.cache/demetar`."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "demetar"
+
+
+def prepare(
+    folder: pathlib.Path, build: Callable[[pathlib.Path], None], space: str
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The (memory-mapped) arrays and the passport in `folder`, building it first if absent.
+
+    Args:
+      folder: final place, named after everything that decides the content.
+      build: writes into the folder it is given, last of all with `write`.
+      space: what a person must have free, e.g. "500 MB"; for the message when that fails.
+    """
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(folder.parent / f"{folder.name}.lock"):
+                if not folder.exists():  # else another job has prepared it while we waited
+                    _build(folder, build)
+        except OSError as error:
+            raise UserError(
+                f"Cannot prepare the data in {folder}: {error}. Set config.data.cache_dir to a "
+                f"writable folder with {space} of space."
+            ) from error
+    return _open(folder)
+
+
+def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], passport: dict) -> None:
+    """Writes arrays and passport into a folder that is being built."""
+    (folder / "arrays").mkdir()
+    files = {}
+    for name, array in arrays.items():
+        file = folder / "arrays" / f"{name}.npy"
+        np.save(file, array, allow_pickle=False)
+        files[name] = _file_facts(file)
+    (folder / "passport.json").write_text(json.dumps(passport | {"files": files}, indent=1))
+
+
+def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
+    for leftover in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a killed preparation: we hold the lock
+    building = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
+    building.mkdir()
+    try:
+        build(building)
+        building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(file: pathlib.Path):
+    """Held by one process of this host at a time; the kernel frees it when a holder dies."""
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("Another process is preparing the data; waiting for it.", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _file_facts(file: pathlib.Path) -> dict:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _open(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
+    remedy = f"Delete {folder} to prepare it again."
+    try:
+        passport = json.loads((folder / "passport.json").read_text())
+        arrays = {}
+        for name, expected in passport.pop("files").items():
+            file = folder / "arrays" / f"{name}.npy"
+            found = _file_facts(file)
+            if found != expected:
+                raise UserError(
+                    f"{file} is damaged: {found['bytes']} bytes with SHA-256 "
+                    f"{found['sha256'][:12]}…, but its passport says {expected['bytes']} bytes "
+                    f"with {expected['sha256'][:12]}…. {remedy}"
+                )
+            # Views as plain arrays: indexing np.memmap itself costs more than the gather.
+            arrays[name] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Prepared data in {folder} cannot be read: {error}. {remedy}") from error
+    return arrays, passport
