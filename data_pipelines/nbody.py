@@ -317,7 +317,7 @@ def _run(position, velocity, coupling, save_at, interaction, box):
     pair_NxN = np.zeros((n, n), np.int64)  # which pair (i, j) is; on the diagonal any
     pair_NxN[i, j] = pair_NxN[j, i] = np.arange(len(i))
     sign_NxN = np.sign(np.arange(n)[None] - np.arange(n)[:, None]).astype(float)
-    x, v = (np.ascontiguousarray(a.transpose(0, 2, 1)) for a in (position, velocity))  # [g, 3, N]
+    x, v = (a.transpose(0, 2, 1).copy("C") for a in (position, velocity))  # [g, 3, N]
     if not box:
         _reflect(x, v, 5.0)  # the official generator has walls at 5 for the initial state alone
 

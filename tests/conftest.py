@@ -6,7 +6,11 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 
+import importlib.util
 import pathlib
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -50,11 +54,86 @@ def dataset(cache_dir):
     )
 
 
+def load_config(name, arg):
+    """The config of `configs/<name>.py:<arg>`."""
+    file = REPOSITORY / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arg)
+
+
+# A model so small that compiling it is most of a run.
+TINY = {
+    "qm9.py:smoke": [
+        "--config.model.width=16",
+        "--config.model.num_heads=2",
+        "--config.data.eval_batch_size=16",
+    ],
+    "nbody.py:smoke": ["--config.model.width=8", "--config.model.rounds=2"],
+}
+
+
+class Runner:
+    """Starts demetar's commands as real processes, on tiny models."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir = cache_dir
+
+    def start(self, workdir, *more, module="demetar.main", config="qm9.py:smoke"):
+        command = [sys.executable, "-m", module, f"--workdir={workdir}"]
+        if module == "demetar.main":
+            command += [
+                f"--config={REPOSITORY}/configs/{config}",
+                f"--config.data.cache_dir={self.cache_dir}",
+                *TINY[config],
+            ]
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        return subprocess.Popen(
+            [*command, *more],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, workdir, *more, code=0, **options):
+        process = self.start(workdir, *more, **options)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, err[-3000:]
+        return out + err
+
+    def kill_after(self, workdir, steps, *more, delay=0.0, **options):
+        """Kill -9 once `steps` steps are logged."""
+        process = self.start(workdir, *more, **options)
+        wait_for_steps(workdir, steps, process)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+
+
+def wait_for_steps(workdir, count, process):
+    """Until metrics.jsonl has `count` lines of training."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and file.read_text().count('"train"') >= count:
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def runner(cache_dir):
+    return Runner(cache_dir)
+
+
 MEDIUM = Bucket(10, 14)
 
 
-def random_graph(rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=MEDIUM):
-    """One padded graph of random atoms and edges, float64, zeros in padding."""
+def random_graph(
+    rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=MEDIUM, particles=False
+):
+    """One padded graph of random atoms (or particles) and edges, float64, zeros in padding."""
     pairs = np.stack(np.triu_indices(num_nodes, 1), 1)
     edges = rng.permutation(pairs)[:num_edges]
 
@@ -62,7 +141,7 @@ def random_graph(rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=MEDI
         return np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)])
 
     n, e = bucket.num_nodes, bucket.num_edges
-    return Graph(
+    graph = Graph(
         position=pad(rng.normal(size=(num_nodes, 3)) * 1.5, n),
         atomic_number=pad(rng.choice([1, 6, 7, 8, 9], num_nodes).astype(np.int32), n),
         node_mask=np.arange(n) < num_nodes,
@@ -73,6 +152,15 @@ def random_graph(rng: np.random.Generator, num_nodes=7, num_edges=9, bucket=MEDI
         target=np.zeros(2),
         graph_mask=np.array(True),
         index=np.array(1, np.int32),
+    )
+    if not particles:
+        return graph
+    return graph.replace(
+        atomic_number=graph.node_mask.astype(np.int32),
+        edge_type=np.zeros(e, np.int32),
+        target=np.zeros((n, 3)),
+        velocity=pad(rng.normal(size=(num_nodes, 3)), n),
+        charge=pad(rng.choice([-1.0, 1.0], num_nodes), n),
     )
 
 

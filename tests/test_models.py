@@ -12,44 +12,79 @@ from conftest import random_graph
 from data_pipelines.plan import Bucket
 from demetar.models import MODELS, apply_one, create_model
 from demetar.models import demetar as demetar_module
+from demetar.models import e3 as e3_module
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SMALL = dict(
-    width=16, num_heads=4, edge_layers=1, node_layers=1, joint_layers=1, mlp_ratio=2, num_radial=8
-)
-VARIANTS = {
-    "default": {},
-    "blog": {"scaling": "blog"},
-    "seed": {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
-    "shared_node": {"edge_attention": "shared_node"},
-    "mean": {"readout": "mean"},
+SEED = dict(
+    name="demetar", width=16, num_heads=4, edge_layers=1, node_layers=1, joint_layers=1,
+    mlp_ratio=2, num_radial=8,
+)  # fmt: skip
+MOLECULES = {
+    "default": SEED,
+    "blog": SEED | {"scaling": "blog"},
+    "seed": SEED | {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
+    "shared_node": SEED | {"edge_attention": "shared_node"},
+    "mean": SEED | {"readout": "mean"},
+    "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),
 }
+PARTICLES = {
+    "none": SEED | {"equivariance": "none"},
+    "translation": SEED | {"equivariance": "translation"},
+    "com": SEED | {"equivariance": "com"},
+    "velocity": SEED | {"equivariance": "velocity"},
+    "node_only": SEED | {"cross_attention": False, "edge_layers": 0},
+    "edge_cross": SEED | {"edge_layers": 0},
+    "e3": dict(name="demetar_e3", width=16, rounds=3, vectors=3, num_invariants=4),
+    "egnn": dict(name="egnn", width=16, num_layers=3),
+    "linear": dict(name="linear"),
+    "deep_set": dict(name="deep_set", width=16, num_layers=2),
+    "set_transformer": dict(name="set_transformer", width=16, num_layers=2),
+}
+VARIANTS = MOLECULES | PARTICLES
+SYMMETRIES = {"rotation", "reflection", "translation", "permutation"}
 
 
 def build(variant="default", **more):
     """A small model and random weights: a zero in the initial ones could hide a broken path."""
-    options = SMALL | {"readout": "auto", "dtype": "float64"} | VARIANTS.get(variant, {}) | more
-    model = create_model("demetar", target_readouts=("cls", "sum"), **options)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), random_graph(np.random.default_rng(0)))
+    options = {"readout": "auto", "dtype": "float64"} | VARIANTS[variant] | more
+    particles = variant in PARTICLES
+    model = create_model(
+        target_readouts=("position",) if particles else ("cls", "sum"), horizon=0.7, **options
+    )
+    example = random_graph(np.random.default_rng(0), particles=particles)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), example)
     rng = np.random.default_rng(1)
-    draw = lambda s: (rng.normal(size=s.shape) / np.sqrt(s.shape[0])).astype(s.dtype)
+    draw = lambda s: (rng.normal(size=s.shape) / np.sqrt((s.shape or (1,))[0])).astype(s.dtype)
     return model, jax.tree.map(draw, shapes["params"])
 
 
+def graph_for(model, *arguments, **options):
+    return random_graph(*arguments, particles=model.readouts == ("position",), **options)
+
+
 predict = jax.jit(apply_one, static_argnums=0)
+incidence = e3_module._incidence
 
 
 def output(model, params, graph):
     return np.asarray(predict(model, params, graph))
 
 
-def rotated(graph, rng, reflect):
+def turn(rng, reflect):
     q, r = np.linalg.qr(rng.normal(size=(3, 3)))
     q *= np.sign(np.diag(r))
     if (np.linalg.det(q) < 0) != reflect:
         q[:, 0] *= -1
-    return graph.replace(position=graph.position @ q.T)
+    return q
+
+
+def moved(graph, rotation, shift=0.0):
+    """The graph, turned and shifted."""
+    turned = graph.replace(position=graph.position @ rotation.T + shift)
+    if graph.velocity is None:
+        return turned
+    return turned.replace(velocity=graph.velocity @ rotation.T)
 
 
 def permuted(graph, rng):
@@ -57,6 +92,9 @@ def permuted(graph, rng):
     n, e = int(graph.node_mask.sum()), int(graph.edge_mask.sum())
     atoms, edges = rng.permutation(n), rng.permutation(e)
     place = np.argsort(atoms)
+    if graph.velocity is not None:
+        rows = np.concatenate([atoms, np.arange(n, len(graph.node_mask))])
+        graph = graph.replace(velocity=graph.velocity[rows], charge=graph.charge[rows])
     new = graph.replace(
         position=graph.position.copy(),
         atomic_number=graph.atomic_number.copy(),
@@ -67,10 +105,10 @@ def permuted(graph, rng):
     new.position[:n] = graph.position[atoms]
     new.atomic_number[:n] = graph.atomic_number[atoms]
     s, r = place[graph.senders[edges]], place[graph.receivers[edges]]
-    turn = rng.random(e) < 0.5
-    new.senders[:e], new.receivers[:e] = np.where(turn, r, s), np.where(turn, s, r)
+    swap = rng.random(e) < 0.5
+    new.senders[:e], new.receivers[:e] = np.where(swap, r, s), np.where(swap, s, r)
     new.edge_type[:e] = graph.edge_type[edges]
-    return new
+    return new, atoms
 
 
 @pytest.fixture(params=VARIANTS)
@@ -79,34 +117,55 @@ def model_and_params(request):
 
 
 def test_registry_holds_what_is_tested():
-    assert set(MODELS) == {"demetar"}
+    assert set(MODELS) == {options["name"] for options in VARIANTS.values()}
 
 
-def check_invariances(model, params):
-    """The symmetries a model for scalars declares: E(3) and permutations."""
+def check_symmetries(model, params):
+    """What a model declares holds to 1e-10; what it does not declare fails."""
     rng = np.random.default_rng(3)
-    graph = random_graph(rng)
-    expected = output(model, params, graph)
-    moved = graph.replace(position=graph.position + rng.normal(size=3) * 10)
-    changes = {
-        "rotation": rotated(graph, rng, reflect=False),
-        "reflection": rotated(graph, rng, reflect=True),
-        "translation": moved,
-        "permutation": permuted(graph, rng),
+    graph = graph_for(model, rng)
+    n = int(graph.node_mask.sum())
+    before = output(model, params, graph)
+    of_nodes = before.ndim == 2
+    rotation, reflection, shift = turn(rng, False), turn(rng, True), rng.normal(size=3) * 10
+    permutation, atoms = permuted(graph, rng)
+    after = lambda changed: output(model, params, changed)[: n if of_nodes else None]
+    before = before[:n] if of_nodes else before
+    # Positions turn and shift with the input; graph targets stay.
+    expected = {
+        "rotation": before @ rotation.T if of_nodes else before,
+        "reflection": before @ reflection.T if of_nodes else before,
+        "translation": before + shift if of_nodes else before,
+        "permutation": before[atoms] if of_nodes else before,
     }
-    for name, changed in changes.items():
-        np.testing.assert_allclose(
-            output(model, params, changed), expected, rtol=1e-10, atol=1e-10, err_msg=name
-        )
+    found = {
+        "rotation": after(moved(graph, rotation)),
+        "reflection": after(moved(graph, reflection)),
+        "translation": after(moved(graph, np.eye(3), shift)),
+        "permutation": after(permutation),
+    }
+    assert model.symmetries <= SYMMETRIES
+    for name in SYMMETRIES:
+        difference = np.abs(found[name] - expected[name]).max()
+        if name in model.symmetries:
+            assert difference < 1e-10 * max(1, np.abs(expected[name]).max()), (name, difference)
+        else:
+            assert difference > 1e-6, (name, difference)
 
 
-def test_invariant_to_rotation_reflection_translation_permutation(model_and_params):
-    check_invariances(*model_and_params)
+def test_declared_symmetries_hold_and_others_fail(model_and_params):
+    check_symmetries(*model_and_params)
 
 
-def test_depends_on_geometry_types_and_bonds(model_and_params):
+def test_all_of_e3_is_declared_where_it_matters():
+    for variant in ("default", "com", "velocity", "e3", "egnn", "egnn_qm9"):
+        assert build(variant)[0].symmetries == SYMMETRIES
+
+
+@pytest.mark.parametrize("variant", MOLECULES)
+def test_depends_on_geometry_types_and_bonds(variant):
     """What is no symmetry must change the output, or the suite above would prove nothing."""
-    model, params = model_and_params
+    model, params = build(variant)
     rng = np.random.default_rng(4)
     graph = random_graph(rng)
     expected = output(model, params, graph)
@@ -115,35 +174,79 @@ def test_depends_on_geometry_types_and_bonds(model_and_params):
         "atoms": graph.replace(
             atomic_number=np.roll(graph.atomic_number[:7], 1).repeat([1] * 6 + [4])
         ),
-        "bonds": graph.replace(edge_type=(graph.edge_type + 1) % 5),
     }
+    if variant != "egnn_qm9":  # which sees all pairs alike, as published
+        changes["bonds"] = graph.replace(edge_type=(graph.edge_type + 1) % 5)
     for name, changed in changes.items():
         assert np.abs(output(model, params, changed) - expected).max() > 1e-6, name
 
 
-@pytest.mark.parametrize("broken", ["direction", "inverted_mask", "position"])
+@pytest.mark.parametrize("variant", sorted(set(PARTICLES) - {"linear"}))
+def test_depends_on_positions_velocities_and_charges(variant):
+    model, params = build(variant)
+    rng = np.random.default_rng(4)
+    graph = random_graph(rng, particles=True)
+    n = int(graph.node_mask.sum())
+    step = lambda g: (output(model, params, g) - g.position)[:n]  # a mere copy of x is no use
+    expected = step(graph)
+    one = np.arange(len(graph.charge)) == 0
+    changes = {
+        "scale": graph.replace(position=graph.position * 1.1),
+        "velocity": graph.replace(velocity=graph.velocity * 1.1),
+        "charge": graph.replace(charge=np.where(one, -graph.charge, graph.charge)),
+    }
+    if variant == "egnn" or variant == "e3":  # a force on a particle at rest, out of the plane
+        changes["at rest"] = graph.replace(velocity=np.zeros_like(graph.velocity))
+    for name, changed in changes.items():
+        assert np.abs(step(changed) - expected).max() > 1e-6, name
+
+
+def test_e3_moves_the_centre_of_mass_freely_and_sees_products_of_charges():
+    """Equal and opposite moves; the same for a moving observer; charges enter as products."""
+    model, params = build("e3")
+    graph = random_graph(np.random.default_rng(13), particles=True)
+    n = int(graph.node_mask.sum())
+    after = output(model, params, graph)[:n]
+    free = (graph.position + 0.7 * graph.velocity)[:n]
+    np.testing.assert_allclose(after.mean(axis=0), free.mean(axis=0), atol=1e-12)
+    boost = np.array([0.3, -1.0, 2.0])
+    boosted = graph.replace(velocity=graph.velocity + boost)
+    np.testing.assert_allclose(output(model, params, boosted)[:n], after + 0.7 * boost, atol=1e-12)
+    flipped = output(model, params, graph.replace(charge=-graph.charge))
+    np.testing.assert_array_equal(flipped[:n], after)
+
+
+@pytest.mark.parametrize(
+    "broken", ["direction", "inverted_mask", "position", "elementwise_gate", "one_sided_move"]
+)
 def test_a_broken_model_fails_the_suite(broken, monkeypatch):
-    # Each has a cutoff of its own, so that none meets the compiled program of a whole model.
+    # Each has a size of its own, so that none meets the compiled program of a whole model.
     if broken == "direction":  # an edge's feature depends on which end is the sender
         monkeypatch.setattr(demetar_module, "_share_a_node", lambda s, r: s[:, None] < r[None])
-        model, params = build("shared_node", radial_cutoff=4.1)
+        check, broken_model = check_symmetries, build("shared_node", radial_cutoff=4.1)
     elif broken == "inverted_mask":  # the seed's own defect: attends to padding only
         monkeypatch.setattr(demetar_module, "mask_bias", lambda m: jnp.where(m, -1e30, 0.0))
-        model, params = build(radial_cutoff=4.2)
-        with pytest.raises(AssertionError):
-            check_padding(model, params)
-        return
-    else:  # a feature that is not invariant
+        check, broken_model = check_padding, build(radial_cutoff=4.2)
+    elif broken == "position":  # a feature that is not invariant
         monkeypatch.setattr(demetar_module, "safe_norm", lambda x: x[..., 0])
-        model, params = build(radial_cutoff=4.3)
+        check, broken_model = check_symmetries, build(radial_cutoff=4.3)
+    elif broken == "elementwise_gate":  # the seed's own defect: three gates times a 3-vector
+        mlp = demetar_module.Mlp
+        monkeypatch.setattr(
+            demetar_module, "Mlp", lambda hidden, features, *a, **k: mlp(hidden, 3, *a, **k)
+        )
+        check, broken_model = check_symmetries, build("velocity", radial_cutoff=4.4)
+    else:  # an edge moves one of its ends alone: which, depends on their order
+        monkeypatch.setattr(e3_module, "_incidence", lambda g: jnp.maximum(incidence(g), 0))
+        check, broken_model = check_symmetries, build("e3", rounds=4)
     with pytest.raises(AssertionError):
-        check_invariances(model, params)
+        check(*broken_model)
 
 
 def test_batch_equals_singles(model_and_params):
     model, params = model_and_params
     rng = np.random.default_rng(5)
-    graphs = [random_graph(rng, n, e) for n, e in ((7, 9), (10, 14), (1, 0), (2, 1))]
+    graphs = [graph_for(model, rng, n, e) for n, e in ((7, 9), (10, 14), (1, 0), (2, 1))]
     batch = jax.tree.map(lambda *x: np.stack(x), *graphs)
     batched = jax.jit(jax.vmap(lambda g: model.apply({"params": params}, g)))(batch)
     singles = np.stack([output(model, params, g) for g in graphs])
@@ -151,11 +254,11 @@ def test_batch_equals_singles(model_and_params):
 
 
 def check_padding(model, params):
-    small = random_graph(np.random.default_rng(6), bucket=Bucket(7, 9))
-    large = random_graph(np.random.default_rng(6), bucket=Bucket(29, 40))
-    np.testing.assert_allclose(
-        output(model, params, small), output(model, params, large), rtol=1e-10, atol=1e-12
-    )
+    small = graph_for(model, np.random.default_rng(6), bucket=Bucket(7, 9))
+    large = graph_for(model, np.random.default_rng(6), bucket=Bucket(29, 40))
+    few, many = output(model, params, small), output(model, params, large)
+    np.testing.assert_allclose(few, many[: len(few)], rtol=1e-10, atol=1e-11)
+    assert not many[len(few) :].any()
 
 
 def test_amount_of_padding_does_not_matter(model_and_params):
@@ -165,7 +268,7 @@ def test_amount_of_padding_does_not_matter(model_and_params):
 @pytest.mark.parametrize("junk", [7.0, np.nan, np.inf])
 def test_junk_in_padding_changes_no_bit(model_and_params, junk):
     model, params = model_and_params
-    graph = random_graph(np.random.default_rng(7))
+    graph = graph_for(model, np.random.default_rng(7))
     position = np.where(graph.node_mask[:, None], graph.position, junk)
     fill = lambda x, mask: np.where(mask, x, 3).astype(x.dtype)
     junky = graph.replace(
@@ -175,6 +278,10 @@ def test_junk_in_padding_changes_no_bit(model_and_params, junk):
         receivers=fill(graph.receivers, graph.edge_mask),
         edge_type=fill(graph.edge_type, graph.edge_mask),
     )
+    if graph.velocity is not None:
+        velocity = np.where(graph.node_mask[:, None], graph.velocity, junk)
+        charge = np.where(graph.node_mask, graph.charge, junk)
+        junky = junky.replace(velocity=velocity, charge=charge)
     run = jax.jit(jax.value_and_grad(lambda p, g: apply_one(model, p, g).sum()))
     for clean, dirty in zip(
         jax.tree.leaves(run(params, graph)), jax.tree.leaves(run(params, junky)), strict=True
@@ -186,13 +293,13 @@ def test_junk_in_padding_changes_no_bit(model_and_params, junk):
 def test_finite_output_and_gradients(model_and_params, case):
     model, params = model_and_params
     rng = np.random.default_rng(8)
-    graph = random_graph(rng)
+    graph = graph_for(model, rng)
     if case == "one atom":
-        graph = random_graph(rng, 1, 0)
+        graph = graph_for(model, rng, 1, 0)
     elif case == "coincident atoms":
         graph = graph.replace(position=np.ones_like(graph.position))
     elif case == "no edges":
-        graph = random_graph(rng, 5, 0)
+        graph = graph_for(model, rng, 5, 0)
     else:
         graph = jax.tree.map(np.zeros_like, graph)
     loss = lambda p, x: (apply_one(model, p, graph.replace(position=x)) ** 2).sum()
@@ -201,22 +308,22 @@ def test_finite_output_and_gradients(model_and_params, case):
         assert np.isfinite(leaf).all()
 
 
-def test_jit_equals_no_jit():
-    model, params = build()
-    graph = random_graph(np.random.default_rng(9))
+@pytest.mark.parametrize("variant", ["default", "e3", "egnn"])
+def test_jit_equals_no_jit(variant):
+    model, params = build(variant)
+    graph = graph_for(model, np.random.default_rng(9))
     np.testing.assert_allclose(
-        apply_one(model, params, graph), output(model, params, graph), rtol=1e-12
+        apply_one(model, params, graph), output(model, params, graph), rtol=1e-12, atol=1e-12
     )
 
 
-def test_every_parameter_matters():
+def test_every_parameter_matters(model_and_params):
     """A dead branch (the seed threw its edge encoder away) would have zero gradient."""
-    for variant in VARIANTS:
-        model, params = build(variant)
-        graph = random_graph(np.random.default_rng(10))
-        grad = jax.grad(lambda p, m=model, g=graph: (apply_one(m, p, g) ** 2).sum())(params)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
-            assert np.abs(leaf).max() > 1e-12, f"{variant}: {jax.tree_util.keystr(path)}"
+    model, params = model_and_params
+    graph = graph_for(model, np.random.default_rng(10))
+    grad = jax.grad(lambda p: (apply_one(model, p, graph) ** 2).sum())(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
+        assert np.abs(leaf).max() > 1e-12, jax.tree_util.keystr(path)
 
 
 def test_mirrored_edges_change_nothing():
@@ -234,10 +341,11 @@ def test_mirrored_edges_change_nothing():
     )
 
 
-def test_bfloat16_is_near_float32():
-    model, params = build(dtype="float32")
-    low, _ = build(dtype="bfloat16")
-    graph = random_graph(np.random.default_rng(12))
+@pytest.mark.parametrize("variant", ["default", "e3"])
+def test_bfloat16_is_near_float32(variant):
+    model, params = build(variant, dtype="float32")
+    low, _ = build(variant, dtype="bfloat16")
+    graph = graph_for(model, np.random.default_rng(12))
     np.testing.assert_allclose(
         output(low, params, graph).astype(float), output(model, params, graph), rtol=0.1, atol=0.2
     )

@@ -1,60 +1,13 @@
 """Whole runs as real processes: killed, interrupted, damaged, refused, resumed."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
-
-TINY = [
-    "--config.model.width=16",
-    "--config.model.num_heads=2",
-    "--config.data.eval_batch_size=16",
-]
-
-
-class Runner:
-    def __init__(self, cache_dir):
-        self.cache_dir = cache_dir
-
-    def start(self, workdir, *more, module="demetar.main", tiny=True):
-        command = [sys.executable, "-m", module, f"--workdir={workdir}"]
-        if module == "demetar.main":
-            command += [
-                f"--config={REPOSITORY}/configs/qm9.py:smoke",
-                f"--config.data.cache_dir={self.cache_dir}",
-                *(TINY if tiny else []),
-            ]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        return subprocess.Popen(
-            [*command, *more],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, workdir, *more, code=0, **options):
-        process = self.start(workdir, *more, **options)
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == code, err[-3000:]
-        return out + err
-
-
-def wait_for_steps(workdir, count, process):
-    """Until metrics.jsonl has `count` lines of training."""
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None:
-        if file.exists() and file.read_text().count('"train"') >= count:
-            return
-        time.sleep(0.02)
+from conftest import wait_for_steps
 
 
 def result(workdir):
@@ -64,11 +17,6 @@ def result(workdir):
 def steps(workdir, split="train"):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [line["step"] for line in lines if line["split"] == split]
-
-
-@pytest.fixture(scope="module")
-def runner(cache_dir):
-    return Runner(cache_dir)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +53,7 @@ def test_killed_at_a_random_moment_and_resumed_is_the_same_run(runner, finished,
     rng = random.Random(time.time_ns())
     moments = [rng.randrange(1, 39), rng.randrange(15, 39)]
     for moment in moments:
-        process = runner.start(tmp_path)
-        wait_for_steps(tmp_path, moment, process)
-        time.sleep(rng.random() * 0.1)
-        process.kill()
-        process.communicate()
+        runner.kill_after(tmp_path, moment, delay=rng.random() * 0.1)
     assert "resumed at step" in runner.run(tmp_path), moments
     expected = (finished / "metrics.jsonl").read_text()
     assert (tmp_path / "metrics.jsonl").read_text() == expected, moments

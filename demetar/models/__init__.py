@@ -7,12 +7,22 @@ import jax.numpy as jnp
 
 from demetar.errors import UserError, suggest
 from demetar.graph import Array, Graph
-from demetar.models.demetar import Demetar
+from demetar.models.baselines import DeepSet, Linear, SetTransformer
+from demetar.models.demetar import EQUIVARIANCES, Demetar
 from demetar.models.e3 import DemetarE3
+from demetar.models.egnn import Egnn
 
-MODELS = {"demetar": Demetar, "demetar_e3": DemetarE3}
+MODELS = {
+    "demetar": Demetar,
+    "demetar_e3": DemetarE3,
+    "egnn": Egnn,
+    "linear": Linear,
+    "deep_set": DeepSet,
+    "set_transformer": SetTransformer,
+}
 
 _CHOICES = {
+    "equivariance": EQUIVARIANCES,
     "edge_attention": ("full", "shared_node"),
     "scaling": ("standard", "blog"),
     "dtype": ("float32", "bfloat16", "float64"),

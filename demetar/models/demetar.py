@@ -1,14 +1,22 @@
 """DEMETAr: two encoders, one over atoms and one over edges, joined by attention.
 
-The seed's architecture (its Figure 1 and Equations 9 to 11) for graph-level targets:
+The seed's architecture (its Figure 1 and Equations 9 to 11), for graph-level targets and for
+positions of particles:
 
     edge tokens --p layers--> cross-attention: atoms query their own edges (Eq. 9)   Z_e
     [CLS] and node tokens --r layers------------------------------------------ (Eq. 10) Z_n
     Z_e + Z_n  (Eq. 11)  --h layers--> read-out
 
 Everything the tokens see is invariant under rotation, reflection and translation
-(distances, types), and no token has a position in a sequence, so the output is invariant
-under those and under permutation of the atoms.
+(distances, types, speeds), and no token has a position in a sequence, so a graph target is
+invariant under those and under permutation of the atoms. Positions are read out as
+
+    velocity:     x_i + v_i phi_i                com:   x_i + (x_i - x_com) phi_i
+    translation:  x_i + Phi_i                    none:  Phi_i
+
+with phi_i a number and Phi_i three, both of token i. The first two are equivariant because
+phi_i is a *scalar*; in the last two the tokens also see coordinates, relative to the centre
+of mass or absolute, and the symmetries that go are declared so (`symmetries`).
 """
 
 from typing import Any, ClassVar
@@ -31,6 +39,7 @@ from demetar.models.layers import (
     safe_norm,
 )
 
+EQUIVARIANCES = ("none", "translation", "com", "velocity")
 NUM_EDGE_TYPES = 5  # BondType: none, single, double, triple, aromatic
 MAX_ATOMIC_NUMBER = 9  # H to F
 # Standard atomic weights by atomic number; 0 for padding and for elements not in QM9.
@@ -39,13 +48,15 @@ _MASSES[[1, 6, 7, 8, 9]] = 1.008, 12.011, 14.007, 15.999, 18.998
 
 
 class Demetar(nn.Module):
-    """Predicts T graph targets (standardised) from one padded graph.
+    """Predicts T graph targets (standardised), or positions, from one padded graph.
 
     Attributes:
-      readouts: one of `cls`, `sum`, `mean` for each target.
+      readouts: one of `cls`, `sum`, `mean` for each target; or `("position",)`.
+      equivariance: how positions are read out, see above; graph targets ignore it.
       width: D.
       num_heads: H; divides `width`.
-      edge_layers: p, transformer layers over edge tokens.
+      edge_layers: p, transformer layers over edge tokens; 0: edge embeddings alone.
+      cross_attention: False leaves the edges out (the seed's "node only").
       node_layers: r, over node tokens.
       joint_layers: h, over the sum of both.
       mlp_ratio: hidden width of the MLPs over D.
@@ -64,6 +75,8 @@ class Demetar(nn.Module):
     READOUTS: ClassVar = ("cls", "sum", "mean", "position")
 
     readouts: tuple[str, ...]
+    equivariance: str = "velocity"
+    cross_attention: bool = True
     width: int = 128
     num_heads: int = 8
     edge_layers: int = 2
@@ -79,23 +92,37 @@ class Demetar(nn.Module):
     dropout: float = 0.0
     dtype: Any = jnp.float32
 
+    @property
+    def symmetries(self) -> frozenset[str]:
+        """Those that the output has, with positions turning and shifting as the input does."""
+        symmetries = {"permutation"}
+        if self.readouts != ("position",) or self.equivariance != "none":
+            symmetries |= {"translation"}
+        if self.readouts != ("position",) or self.equivariance in ("com", "velocity"):
+            symmetries |= {"rotation", "reflection"}
+        return frozenset(symmetries)
+
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
-        """One graph -> [T]. Dropout, if any, draws from the rng stream `dropout`."""
+        """One graph -> [T] or [N, 3]. Dropout, if any, draws from the rng stream `dropout`."""
         graph = without_padding_values(graph)
         # Token 0 is [CLS], at no distance from anything: it sees every atom, and all see it.
         token_mask_N = jnp.pad(graph.node_mask, (1, 0), constant_values=True)
         bias = self._biases(graph, token_mask_N)
 
         x_NxD = self._tokens(graph)
-        enriched_NxD = self._edge_enrichment(graph, x_NxD, deterministic)
+        if self.cross_attention:
+            enriched_NxD = self._edge_enrichment(graph, x_NxD, deterministic)
         for layer in range(self.node_layers):
             x_NxD = self._block(f"node_{layer}")(x_NxD, bias[layer], deterministic)
-        x_NxD = x_NxD + enriched_NxD  # Equation 11
+        if self.cross_attention:
+            x_NxD = x_NxD + enriched_NxD  # Equation 11
         for layer in range(self.joint_layers):
             b = bias[self.node_layers + layer]
             x_NxD = self._block(f"joint_{layer}")(x_NxD, b, deterministic)
         x_NxD = layer_norm(x_NxD)
+        if self.readouts == ("position",):
+            return self._positions(graph, x_NxD[1:])
         return self._read_out(x_NxD[0], x_NxD[1:], graph.node_mask)
 
     def _block(self, name: str) -> Block:
@@ -127,14 +154,22 @@ class Demetar(nn.Module):
         return b_FxNxN.reshape(num_layers, self.num_heads, *distance_NxN.shape)
 
     def _tokens(self, graph: Graph) -> Array:
-        """[CLS], then for each atom its type and distance to the centre of mass (F_n)."""
-        mass_N = jnp.asarray(_MASSES, graph.position.dtype)[graph.atomic_number]
-        total = jnp.maximum(mass_N.sum(), 1e-6)  # 0 only in an all-padding graph
-        com_3 = mass_N @ graph.position / total
-        distance_N = safe_norm(graph.position - com_3)
+        """[CLS], then for each node its type and distance to the centre of mass (F_n).
+
+        A particle's charge and speed are node features too.
+        """
+        distance_N = safe_norm(graph.position - _centre_of_mass(graph))
         atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="atom")
         radial = Dense(self.width, dtype=self.dtype, name="distance_to_com")
         node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
+        if graph.velocity is not None:
+            columns = [graph.charge[:, None], safe_norm(graph.velocity)[:, None]]
+            if self.equivariance == "none":
+                columns += [graph.position, graph.velocity]
+            elif self.equivariance == "translation":
+                columns += [graph.position - _centre_of_mass(graph), graph.velocity]
+            particle = Dense(self.width, dtype=self.dtype, name="particle")
+            node_NxD += particle(jnp.concatenate(columns, axis=-1))
         cls_1xD = self.param("cls", nn.initializers.normal(1.0), (1, self.width))
         return jnp.concatenate([cls_1xD.astype(self.dtype), node_NxD])
 
@@ -145,6 +180,13 @@ class Demetar(nn.Module):
         kind = Embed(NUM_EDGE_TYPES, self.width, dtype=self.dtype, name="bond")
         radial = Dense(self.width, dtype=self.dtype, name="edge_length")
         edge_ExD = kind(graph.edge_type) + radial(self._radial(distance_E))
+        if graph.velocity is not None:
+            charges_E = graph.charge[s_E] * graph.charge[r_E]
+            x_Ex3 = graph.position[s_E] - graph.position[r_E]
+            v_Ex3 = graph.velocity[s_E] - graph.velocity[r_E]
+            approach_E = (x_Ex3 * v_Ex3).sum(axis=-1) / jnp.maximum(distance_E, 1e-3)
+            columns = jnp.stack([charges_E, approach_E], axis=-1)
+            edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
             atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="edge_atom")
@@ -159,6 +201,21 @@ class Demetar(nn.Module):
         cross = Attention(self.num_heads, self.scaling, self.dtype, name="cross")
         enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), mask_bias(incident_NxE))
         return jnp.where(incident_NxE.any(axis=1)[:, None], enriched_NxD, 0)
+
+    def _positions(self, graph: Graph, node_NxD: Array) -> Array:
+        """Where the nodes are after the horizon, by the formula that `equivariance` names."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        x_Nx3, mask = graph.position, graph.node_mask[:, None]
+        if self.equivariance in ("com", "velocity"):
+            phi_Nx1 = Mlp(self.width, 1, wide, name="head_position")(node_NxD)
+            along = (
+                graph.velocity
+                if self.equivariance == "velocity"
+                else (x_Nx3 - _centre_of_mass(graph))
+            )
+            return jnp.where(mask, x_Nx3 + along * phi_Nx1, 0)
+        phi_Nx3 = Mlp(self.width, 3, wide, name="head_position")(node_NxD)
+        return jnp.where(mask, phi_Nx3 + (x_Nx3 if self.equivariance == "translation" else 0), 0)
 
     def _read_out(self, cls_D: Array, node_NxD: Array, node_mask_N: Array) -> Array:
         """[CLS], sum over atoms or mean over atoms, as each target asks: `[T]`."""
@@ -176,6 +233,11 @@ class Demetar(nn.Module):
             for k, t in enumerate(places):
                 output_T[t] = value[k]
         return jnp.stack(output_T)
+
+
+def _centre_of_mass(graph: Graph) -> Array:
+    mass_N = jnp.asarray(_MASSES, graph.position.dtype)[graph.atomic_number]
+    return mass_N @ graph.position / jnp.maximum(mass_N.sum(), 1e-6)  # 0: all padding
 
 
 def _share_a_node(s_E: Array, r_E: Array) -> Array:

@@ -53,10 +53,14 @@ class DemetarE3(nn.Module):
     width: int = 32
     num_heads: int = 4
     mlp_ratio: int = 2
-    rounds: int = 10
-    vectors: int = 4
-    num_invariants: int = 16
+    rounds: int = 12
+    vectors: int = 1
+    num_invariants: int = 8
     dtype: Any = jnp.float32
+
+    @property
+    def symmetries(self) -> frozenset[str]:
+        return frozenset({"rotation", "reflection", "translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:

@@ -1,0 +1,240 @@
+"""N-body: simulations against the official generator's, protocols, and runs on them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, load_config
+
+from data_pipelines import nbody, pipeline
+from data_pipelines.dataset import load_dataset
+from demetar import sharding
+from demetar.errors import UserError
+from demetar.experiment import build_experiment
+from demetar.task import ERRORS, graph_errors, trivial_errors
+from demetar.train import compiled_train_step
+
+GENERAL = dict(
+    num_particles=4,
+    interaction="charged",
+    horizon_steps=50,
+    num_train=12,
+    num_validation=4,
+    num_test=4,
+    seed=0,
+)
+
+
+def load(cache_dir, **changes):
+    return load_dataset(
+        name="nbody",
+        protocol="general",
+        general=GENERAL | changes,
+        cache_dir=cache_dir,
+        buckets=(),
+    )
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+def test_first_systems_equal_the_official_files():
+    """Charges, positions, velocities and targets of the first six training systems."""
+    golden = np.load(REPOSITORY / "tests" / "golden" / "egnn_nbody.npz")
+    protocol = nbody.PROTOCOLS["egnn"]
+    rng = np.random.RandomState(protocol.seed)
+    charge, position, velocity, coupling = (
+        np.stack(column)
+        for column in zip(*(nbody._draw(rng, protocol) for _ in range(6)), strict=True)
+    )
+    x, v, y = nbody.simulate(
+        position, velocity, coupling, protocol.input_step, protocol.horizon_steps
+    )
+    np.testing.assert_array_equal(charge.ravel(), golden["charge"])
+    for ours, name in ((x, "position"), (v, "velocity"), (y, "target")):
+        np.testing.assert_allclose(ours.reshape(30, 3), golden[name], atol=1e-5)
+
+
+def official_step_by_step(x, v, charge, steps):
+    """The published algorithm for one system, in its own operations: [3, N] arrays."""
+    x, v, n = x.copy(), v.copy(), x.shape[1]
+    edges = np.outer(charge, charge)
+
+    def force():
+        a = x.transpose()
+        norm = (a**2).sum(axis=1)
+        square = norm.reshape(n, 1) + norm.reshape(1, n) - 2 * a.dot(a.transpose())
+        np.fill_diagonal(square, 1.0)
+        size = edges / np.power(square, 3.0 / 2.0)
+        np.fill_diagonal(size, 0)
+        difference = np.stack([np.subtract.outer(x[c], x[c]) for c in range(3)])
+        return np.clip((size * difference).sum(axis=-1), -100, 100)
+
+    v += 0.001 * force()
+    for _ in range(steps):
+        x += 0.001 * v
+        last = v.copy()
+        v += 0.001 * force()
+    return x, last
+
+
+def test_simulation_is_the_official_one_bit_for_bit():
+    """Close encounters amplify the last bit, so nothing less than equality will do."""
+    protocol = nbody.PROTOCOLS["egnn"]
+    rng = np.random.RandomState(7)
+    systems = [nbody._draw(rng, protocol) for _ in range(5)]
+    charge, position, velocity, coupling = (
+        np.stack(column) for column in zip(*systems, strict=True)
+    )
+    position *= 0.3  # closer, so that they meet often
+    x, v, y = nbody.simulate(position, velocity, coupling, 400, 300)
+    for g in range(5):
+        start = position[g].T, velocity[g].T, charge[g]
+        at_input, at_target = (official_step_by_step(*start, steps) for steps in (400, 700))
+        np.testing.assert_array_equal(x[g].T, at_input[0])
+        np.testing.assert_array_equal(v[g].T, at_input[1])
+        np.testing.assert_array_equal(y[g].T, at_target[0])
+
+
+def test_protocols_and_splits():
+    egnn, blog, fuchs = (nbody.PROTOCOLS[name] for name in ("egnn", "blog", "fuchs"))
+    assert [p.horizon for p in (egnn, blog, fuchs)] == pytest.approx([1.0, 0.2, 0.5])
+    assert {part: len(s) for part, s in nbody.split_of(egnn).items()} == {
+        "train": 3_000,
+        "validation": 2_000,
+        "test": 2_000,
+    }
+    together = np.concatenate(list(nbody.split_of(fuchs).values()))
+    np.testing.assert_array_equal(together, np.arange(7_000))
+
+
+def test_walls_reflect():
+    x = np.full((1, 2, 3), 0.4)
+    x[0, 1] = -0.4
+    v = np.ones((1, 2, 3))
+    no_spring = np.zeros((1, 1))
+    _, _, free = nbody.simulate(x, v, no_spring, 10, 990, "springs")
+    _, _, walled = nbody.simulate(x, v, no_spring, 10, 990, "springs", box=0.5)
+    np.testing.assert_allclose(free[0, 0], 1.4)
+    np.testing.assert_allclose(walled[0, 0], -0.4, atol=0.01)
+    assert np.abs(walled).max() <= 0.5
+
+
+def test_springs_conserve_momentum_and_are_the_edges(cache_dir):
+    dataset = load(cache_dir, interaction="springs")
+    arrays = dataset.arrays
+    assert 0 < arrays.sizes.num_edges.mean() < 6
+    shape = (-1, 4, 3)
+    start = arrays.position.reshape(shape).mean(1) + 0.05 * arrays.velocity.reshape(shape).mean(1)
+    np.testing.assert_allclose(arrays.target.reshape(shape).mean(1), start, atol=1e-12)
+
+
+def test_batches_carry_velocities_charges_and_node_targets(cache_dir):
+    dataset = load(cache_dir)
+    batch = pipeline.gather(dataset.arrays, np.array([2, -1]), pipeline.Bucket(6, 8))
+    assert batch.velocity.shape == batch.target.shape == (2, 6, 3)
+    np.testing.assert_array_equal(batch.velocity[0, :4], dataset.arrays.velocity[8:12])
+    np.testing.assert_array_equal(batch.charge[0], [*dataset.arrays.charge[8:12], 0, 0])
+    assert not batch.velocity[1].any() and not batch.target[1].any()
+    assert batch.edge_mask.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"protocol": "egn"}, "Did you mean 'egnn'"),
+        ({"num_particles": 1}, r"num_particles \(1\) must be from 2 to 255"),
+        ({"interaction": "spring"}, "Did you mean 'springs'"),
+        ({"num_test": 0}, "must be at least 1"),
+    ],
+)
+def test_bad_options_are_named(cache_dir, options, message):
+    protocol = options.pop("protocol", "general")
+    with pytest.raises(UserError, match=message):
+        load_dataset(
+            name="nbody",
+            protocol=protocol,
+            general=GENERAL | options,
+            cache_dir=cache_dir,
+            buckets=(),
+        )
+
+
+# --- metric ------------------------------------------------------------------------------------
+
+
+def test_position_error_is_the_mean_over_real_nodes_and_coordinates(cache_dir):
+    dataset = load(cache_dir)
+    batch = pipeline.gather(dataset.arrays, np.array([0, 1, -1]), pipeline.Bucket(7, 8))
+    prediction = batch.target + 0.5
+    prediction[:, 4:] = np.nan  # padding
+    error = np.asarray(graph_errors("mse", prediction, batch))
+    np.testing.assert_allclose(error[:2, 0], 0.25)
+    assert error[2, 0] == 0 and set(ERRORS) == {"mae", "mse"}
+
+
+def test_trivial_predictors(cache_dir):
+    dataset = load(cache_dir)
+    test = dataset.split["test"]
+    arrays = dataset.arrays
+    shape = (-1, 4, 3)
+    x, v, y = (a.reshape(shape)[test] for a in (arrays.position, arrays.velocity, arrays.target))
+    trivial = trivial_errors(dataset, test)
+    np.testing.assert_allclose(trivial["no_motion"], np.square(x - y).mean())
+    np.testing.assert_allclose(trivial["free_flight"], np.square(x + 0.05 * v - y).mean())
+    train = trivial_errors(dataset, dataset.split["train"])
+    assert train["linear"] <= min(train["no_motion"], train["free_flight"])
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+MODELS = (
+    "e3 egnn linear deep_set set_transformer not_equivariant translation com velocity node_only "
+    "edge_cross"
+).split()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_of_the_config_takes_a_step(model, cache_dir):
+    config = load_config("nbody", f"{model},smoke")
+    config.data.cache_dir = cache_dir
+    if model != "linear":
+        config.model.width = 8
+    experiment = build_experiment(config)
+    batch = pipeline.gather(experiment.arrays, np.arange(16), experiment.dataset.buckets[0])
+    batch = sharding.to_devices(batch, experiment.mesh, 16)
+    before = experiment.create_state()
+    old = jax.device_get(before.params)
+    after, sums = compiled_train_step(experiment)(0, before, batch, np.float32(1))
+    # The first learning rate of a warm-up is 0: two steps move.
+    after, sums = compiled_train_step(experiment)(0, after, batch, np.float32(1))
+    assert np.isfinite(sums.loss) and np.isfinite(sums.grad_norm)
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), old, jax.device_get(after.params))
+    assert any(jax.tree.leaves(changed))
+
+
+def test_models_and_targets_must_match(cache_dir):
+    config = load_config("nbody", "smoke")
+    config.data.cache_dir = cache_dir
+    config.model.readout = "sum"
+    with pytest.raises(UserError, match="cannot give read-out 'sum' for these data"):
+        build_experiment(config)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(runner, tmp_path):
+    """Kill -9 after some steps, the same command again: the same curve and parameters."""
+    config = "nbody.py:smoke"
+    runner.run(tmp_path / "whole", config=config)
+    runner.kill_after(tmp_path / "killed", 12, config=config)
+    out = runner.run(tmp_path / "killed", config=config)
+    assert "resumed at step" in out
+    whole, killed = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
+    )
+    assert whole["params_sha256"] == killed["params_sha256"]
+    assert whole["targets"] == killed["targets"]
+    assert set(whole["targets"]["position"]) >= {"mse", "median", "interval_95", "mse_of_linear"}
+    curves = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
+    assert (tmp_path / "whole" / "trajectories.png").stat().st_size > 10_000
