@@ -9,7 +9,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["demetar*", "data_pipelines*"]),
-    package_data={"data_pipelines": ["*.txt", "*.tar.bz2"]},
+    package_data={
+        "data_pipelines": ["*.txt", "*.tar.bz2"],
+        "demetar": ["weights/*/*.json", "weights/*/*.safetensors"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -26,6 +29,7 @@ setup(
         # Its API still moves from release to release; all of it is in demetar/checkpoint.py.
         "orbax-checkpoint>=0.12,<0.13",
         "rdkit>=2024.9",  # bond types, when data are prepared
+        "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9,<5",
         "tqdm>=4.66",

@@ -45,7 +45,7 @@ def measure(edges: str) -> dict:
     for _, batch in batches:
         graphs += int(batch.graph_mask.sum())
         fields = (getattr(batch, name) for name in batch.__dataclass_fields__)
-        size += sum(x.nbytes for x in fields)
+        size += sum(x.nbytes for x in fields if x is not None)
     seconds = time.perf_counter() - start
     source, target = (
         np.ones(size // _STEPS.value, np.uint8),

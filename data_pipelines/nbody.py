@@ -259,6 +259,8 @@ def _draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, .
     position_3xN = rng.randn(3, n) * (n / 5.0) ** (1 / 3)  # as dense as five are
     velocity_3xN = rng.randn(3, n)
     velocity_3xN = velocity_3xN * _SPEED / np.sqrt((velocity_3xN**2).sum(axis=0))
+    # The official generator has walls at 5 for the initial state alone.
+    _reflect(position_3xN, velocity_3xN, 5.0)
     # Observation noise of strength 0, which the official generator draws all the same.
     frames = protocol.length // _SAMPLE_EVERY - 1
     rng.randn(2 * frames * 3 * n)
@@ -318,8 +320,6 @@ def _run(position, velocity, coupling, save_at, interaction, box):
     pair_NxN[i, j] = pair_NxN[j, i] = np.arange(len(i))
     sign_NxN = np.sign(np.arange(n)[None] - np.arange(n)[:, None]).astype(float)
     x, v = (a.transpose(0, 2, 1).copy("C") for a in (position, velocity))  # [g, 3, N]
-    if not box:
-        _reflect(x, v, 5.0)  # the official generator has walls at 5 for the initial state alone
 
     def acceleration():
         if interaction == "springs":

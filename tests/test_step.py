@@ -12,7 +12,7 @@ from conftest import load_config
 from data_pipelines import pipeline
 from data_pipelines.plan import FILL, BatchPlan, Bucket, buckets_with_limits
 from demetar import sharding
-from demetar.experiment import Experiment
+from demetar.experiment import Experiment, build_experiment
 from demetar.models import create_model
 from demetar.step import CompiledPerBucket
 from demetar.task import Normalization, TargetErrors, standardize
@@ -125,6 +125,14 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(dataset, float6
     alone = gradient_norm(graphs[:5])
     np.testing.assert_allclose(gradient_norm(partial), alone, rtol=1e-9)
     assert alone[2] == 5
+
+
+def test_the_egnn_config_of_qm9_takes_steps(cache_dir):
+    config = load_config("qm9", "smoke,egnn")
+    config.data.cache_dir = cache_dir
+    experiment = build_experiment(config)
+    losses, _ = run(experiment, 3)
+    assert np.isfinite(losses).all() and losses[2] != losses[0]
 
 
 def test_another_shape_is_an_error_not_a_recompilation():

@@ -1,0 +1,96 @@
+"""The models that ship: whole, equivariant, and as good as their card says."""
+
+import json
+
+import numpy as np
+import pytest
+
+import demetar
+from data_pipelines import nbody
+from demetar import pretrained
+from demetar.errors import UserError
+
+NAMES = demetar.pretrained_names()
+
+
+@pytest.fixture(scope="module")
+def few_systems():
+    """The first systems of the official training set: (position, velocity, charge, target)."""
+    protocol = nbody.PROTOCOLS["egnn"]
+    rng = np.random.RandomState(protocol.seed)
+    systems = [nbody._draw(rng, protocol) for _ in range(50)]
+    charge, *state, coupling = (np.stack(column) for column in zip(*systems, strict=True))
+    steps = (protocol.input_step, protocol.horizon_steps)
+    position, velocity, target = nbody.simulate(*state, coupling, *steps)
+    return position, velocity, charge, target
+
+
+def test_something_ships():
+    assert NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_says_what_it_is(name):
+    card = pretrained.read(name).card
+    assert card["result"]["targets"]["position"]["mse"] <= 0.003
+    assert card["passport"]["protocol"]["seed"] == 43
+    assert card["config"]["model"]["name"] == "demetar_e3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_are_near_and_equivariant(name, few_systems):
+    position, velocity, charge, target = few_systems
+    predict = demetar.load_pretrained(name)
+    moved = predict(position=position, velocity=velocity, charge=charge)
+    error = np.square(moved - target).mean(axis=(1, 2))
+    assert np.median(error) < 1e-3 and moved.shape == position.shape
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    turned = predict(
+        position=position @ rotation.T + 1.0, velocity=velocity @ rotation.T, charge=charge
+    )
+    np.testing.assert_allclose(turned, moved @ rotation.T + 1.0, atol=1e-2)
+    assert np.median(np.abs(turned - moved @ rotation.T - 1.0)) < 1e-5
+    other_sizes = predict(
+        position=position[:2, :3], velocity=velocity[:2, :3], charge=charge[:2, :3]
+    )
+    assert np.isfinite(other_sizes).all()
+
+
+def test_wrong_shapes_and_names_are_explained(few_systems):
+    position, velocity, charge, _ = few_systems
+    predict = demetar.load_pretrained(NAMES[0])
+    with pytest.raises(ValueError, match=r"charge has shape \(50, 5, 1\)"):
+        predict(position=position, velocity=velocity, charge=charge[..., None])
+    with pytest.raises(ValueError, match="must be"):
+        predict(position=position[0], velocity=velocity[0], charge=charge[0])
+    with pytest.raises(UserError, match=f"Did you mean '{NAMES[0]}'"):
+        demetar.load_pretrained(NAMES[0].replace("nbody", "nbdy"))
+
+
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    model = pretrained.read(NAMES[0])
+    card = {key: model.card[key] for key in ("passport", "result")}
+    pretrained.write("copy", model.params, model.card["config"], card, tmp_path)
+    monkeypatch.setattr(pretrained, "_FOLDER", tmp_path)
+    assert pretrained.read("copy").card["weights_sha256"] == model.card["weights_sha256"]
+    file = tmp_path / "copy" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        pretrained.read("copy")
+
+
+def test_evaluate_repeats_the_published_number_on_other_data(runner, tmp_path):
+    """The command on the validation part: the validation score of the card, digit for digit."""
+    process = runner.start(
+        "", "--pretrained", NAMES[0], "--split=validation", module="demetar.evaluate"
+    )
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err[-2000:]
+    found = json.loads(out)
+    assert found["count"] == 2_000
+    if found["same_data"]:
+        assert found["targets"]["position"]["mse"] == pytest.approx(
+            found["published"]["validation_score"], rel=0.02
+        )
