@@ -179,7 +179,7 @@ def collect(row: Row, command: list[str]) -> None:
 
 def _num_parameters(log: pathlib.Path) -> int:
     (line, *_) = [x for x in log.read_text().splitlines() if x.startswith("Total: ")]
-    return int(line.split()[1].replace(",", ""))
+    return int(float(line.split()[1].replace(",", "")))
 
 
 def measure_floor(rotations: int = 6) -> None:
@@ -352,8 +352,8 @@ def _verdict() -> str:
             else "makes no difference that one seed and 2,000 systems can show"
         )
         + ". What holds all of them back is the read-out x + v phi, which cannot point anywhere "
-        f"but along the velocity: EGNN reaches {say['egnn']}. The same two encoders with the edges' "
-        "outputs on relative vectors, exchanged over weight-shared rounds, reach "
+        f"but along the velocity: EGNN reaches {say['egnn']}. The same two encoders with the "
+        "edges' outputs on relative vectors, exchanged over weight-shared rounds, reach "
         f"{say['e3']}: there the edge encoder is not an addition, it is the model."
     )
 
