@@ -44,7 +44,6 @@ _E3 = {
     "num_heads": 4,
     "mlp_ratio": 2,
     "rounds": 12,
-    "vectors": 1,
     "num_invariants": 8,
     "dtype": "float32",
 }
@@ -68,18 +67,23 @@ _PROTOCOLS = ("blog", "fuchs", "general")  # "egnn" is the default, and the mode
 def get_config(arg: str = "") -> ConfigDict:
     """The config; `arg` is what follows the colon: model, protocol and variants, by comma."""
     words = list(filter(None, arg.split(",")))
-    model = next((word for word in words if word in _MODELS), "e3")
-    config = _full(model)
-    for word in words:
-        if word in _PROTOCOLS:
-            config.data.protocol = word
-        elif word == "quick":
-            _quick(config)
-        elif word == "smoke":
-            _smoke(config)
-        elif word != model:
-            known = ", ".join((*_MODELS, *_PROTOCOLS, "quick", "smoke"))
-            raise ValueError(f"configs/nbody.py has no variant {word!r}; known: {known}")
+    variants = {"quick": _quick, "smoke": _smoke}
+    known = (*_MODELS, *_PROTOCOLS, *variants)
+    unknown = [word for word in words if word not in known]
+    if unknown:
+        raise ValueError(
+            f"configs/nbody.py has no variant {unknown[0]!r}; known: {', '.join(known)}"
+        )
+    models = [word for word in words if word in _MODELS]
+    protocols = [word for word in words if word in _PROTOCOLS]
+    if len(models) > 1 or len(protocols) > 1:
+        raise ValueError(f"At most one model and one protocol can be named, not {', '.join(words)}")
+    config = _full(*models or ["e3"])
+    if protocols:
+        config.data.protocol = protocols[0]
+    for word, change in variants.items():  # smoke last: it has a protocol of its own
+        if word in words:
+            change(config)
     return config
 
 

@@ -16,6 +16,7 @@ position, half a step behind it. Units are the simulator's own.
 import concurrent.futures
 import dataclasses
 import hashlib
+import json
 import pathlib
 
 import numpy as np
@@ -49,7 +50,7 @@ class Protocol:
       num_particles: N.
       interaction: `charged` or `springs`.
       box: half the side of a cube with reflecting walls; 0: none.
-      about: where it comes from, for the passport.
+      about: where it comes from; words for a person, no part of its identity.
     """
 
     seed: int
@@ -61,7 +62,13 @@ class Protocol:
     num_particles: int = 5
     interaction: str = "charged"
     box: float = 0.0
-    about: str = ""
+    about: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def identity(self) -> dict:
+        """What decides the numbers, as JSON."""
+        fields = dataclasses.asdict(self)
+        return json.loads(json.dumps({key: fields[key] for key in fields if key != "about"}))
 
     @property
     def horizon(self) -> float:
@@ -177,7 +184,8 @@ class SystemArrays:
 
 def load(protocol: Protocol, cache_dir: str = "") -> tuple[SystemArrays, dict]:
     """The simulated systems and their passport, simulating them first where needed."""
-    key = hashlib.sha256(f"{_PREPARATION_VERSION}:{protocol}".encode()).hexdigest()[:12]
+    text = f"{_PREPARATION_VERSION}:{json.dumps(protocol.identity)}"
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "nbody" / key
     arrays, passport = prepare(folder, lambda building: _build(protocol, building), "100 MB")
     return SystemArrays(**arrays), passport
@@ -218,12 +226,13 @@ def _build(protocol: Protocol, folder: pathlib.Path) -> None:
             raise UserError(f"The simulation gave a {name} that is not finite: {protocol}.")
     digest = hashlib.sha256()
     for name in ("position", "velocity", "charge", "target"):
-        # Rounded, because sums in another order differ in the last bits between machines.
+        # Rounded: sums in another order differ in the last bits. (Systems whose encounters
+        # amplify those differ all the same, and then the data are others: see `_run`.)
         digest.update(np.round(arrays[name], 3).astype("<f4").tobytes())
     passport = {
         "dataset": "nbody",
         "preparation_version": _PREPARATION_VERSION,
-        "protocol": dataclasses.asdict(protocol),
+        "protocol": protocol.identity,
         "systems": dict(zip(PARTS, protocol.uses, strict=True)),
         "units": "of the simulator: unit mass, unit interaction strength",
         "content_sha256": digest.hexdigest(),
@@ -256,11 +265,12 @@ def _draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, .
     else:
         charge = np.ones(n)
         coupling = rng.choice([0.0, 1.0], size=len(i))
-    position_3xN = rng.randn(3, n) * (n / 5.0) ** (1 / 3)  # as dense as five are
+    size = (n / 5.0) ** (1 / 3)  # as dense as five are
+    position_3xN = rng.randn(3, n) * size
     velocity_3xN = rng.randn(3, n)
     velocity_3xN = velocity_3xN * _SPEED / np.sqrt((velocity_3xN**2).sum(axis=0))
     # The official generator has walls at 5 for the initial state alone.
-    _reflect(position_3xN, velocity_3xN, 5.0)
+    _reflect(position_3xN, velocity_3xN, 5.0 * size)
     # Observation noise of strength 0, which the official generator draws all the same.
     frames = protocol.length // _SAMPLE_EVERY - 1
     rng.randn(2 * frames * 3 * n)

@@ -44,7 +44,7 @@ class GraphArrays:
 
     @property
     def target_per_node(self) -> bool:
-        return self.velocity is not None
+        return len(self.target) != len(self.index)
 
     @property
     def sizes(self) -> Sizes:

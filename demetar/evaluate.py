@@ -45,16 +45,21 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
 
 
 def evaluate_pretrained(name: str, split: str) -> dict:
-    """Errors of a model that ships, on data prepared here; with what was published beside.
+    """Errors of a model that ships, on data simulated here; with what was published beside.
 
-    Of its data, the protocol must be the published one; `same_data` says whether the numbers
-    are too. (Chaotic systems differ between machines whose arithmetic differs in the last bit.)
+    `same_data` says whether the numbers are the published ones too: chaotic systems differ
+    between machines whose arithmetic differs in the last bit.
     """
     model = pretrained.read(name)
     config = model.config
     runtime.configure(config)
     experiment = build_experiment(config)
     today, published = experiment.dataset.passport, model.card["passport"]
+    if today["protocol"] != published["protocol"]:
+        raise UserError(
+            f"{name} was trained on {published['protocol']}, but its protocol is "
+            f"{today['protocol']} here: use the version of demetar that it came with."
+        )
     outcome = Evaluator(experiment).run(model.params, split)
     result = result_of(outcome, split, model.card["result"]["step"], experiment.identity)
     return result | {

@@ -150,7 +150,7 @@ def result_of(outcome: Outcome, split: str, step: int, identity: dict) -> dict:
         row |= {f"{metric}_of_{name}": float(error_T[k]) for name, error_T in trivial.items()}
         if metric == "mse":  # a few close encounters make most of a mean: say so
             error_g = outcome.graph_errors[:, k]
-            row |= {"median": float(np.median(error_g)), "interval_95": _interval_95(error_g)}
+            row |= {"median": float(np.median(error_g)), "interval_95": interval_95(error_g)}
         targets[target.name] = row
     return {
         "dataset": passport["dataset"],
@@ -164,7 +164,7 @@ def result_of(outcome: Outcome, split: str, step: int, identity: dict) -> dict:
     }
 
 
-def _interval_95(error_g: np.ndarray) -> list[float]:
+def interval_95(error_g: np.ndarray) -> list[float]:
     """Bootstrap interval of the mean over graphs: percentiles of 2,000 resamples."""
     rng = np.random.default_rng(0)
     means = [rng.choice(error_g, len(error_g)).mean() for _ in range(2_000)]

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from data_pipelines import nbody
 from demetar import config as config_lib
+from demetar import runtime
 from demetar.errors import UserError, exits_cleanly, suggest
 from demetar.graph import Graph
 from demetar.models import create_model
@@ -35,7 +36,7 @@ class Pretrained:
 
     Attributes:
       config: it was trained with.
-      params: its averaged weights, float32.
+      params: its averaged weights.
       card: the rest of its `config.json`: the passport of its data, the published result.
     """
 
@@ -135,12 +136,21 @@ def _export(workdir: pathlib.Path, name: str) -> None:
     if not (workdir / "result.json").exists():
         raise UserError(f"{workdir} holds no finished run: it has no result.json.")
     result = json.loads((workdir / "result.json").read_text())
-    experiment = build_experiment(config_lib.from_json(result["config"]))
+    protocol = result["data_passport"].get("protocol", {})
+    if protocol.get("interaction") != "charged":
+        raise UserError(f"{workdir} is no run on charged particles: nothing can load its weights.")
+    config = config_lib.from_json(result["config"])
+    runtime.configure(config)
+    experiment = build_experiment(config)
     checkpoints = Checkpoints(workdir, experiment.config.checkpoint.keep_last)
     state = checkpoints.restore(checkpoints.best_step(), experiment.abstract_state())
     keys = ("split_name", "step", "count", "targets", "validation_score", "seed", "git_commit")
     card = {"passport": result["data_passport"], "result": {key: result[key] for key in keys}}
-    write(name, jax.device_get(state.ema), result["config"], card)
+    anywhere = {
+        "mesh": {"data": 1, "cpu_devices": 0},
+        "data": result["config"]["data"] | {"cache_dir": ""},
+    }
+    write(name, jax.device_get(state.ema), result["config"] | anywhere, card)
     print(f"{_FOLDER / name}: {name} ships now.")
 
 

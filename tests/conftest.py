@@ -81,7 +81,7 @@ class Runner:
         self.cache_dir = cache_dir
 
     def start(self, workdir, *more, module="demetar.main", config="qm9.py:smoke"):
-        command = [sys.executable, "-m", module, f"--workdir={workdir}"]
+        command = [sys.executable, "-m", module, *([f"--workdir={workdir}"] if workdir else [])]
         if module == "demetar.main":
             command += [
                 f"--config={REPOSITORY}/configs/{config}",
@@ -89,6 +89,7 @@ class Runner:
                 *TINY[config],
             ]
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment["XDG_CACHE_HOME"] = self.cache_dir  # for what has no config to say it
         return subprocess.Popen(
             [*command, *more],
             cwd=REPOSITORY,

@@ -37,7 +37,7 @@ PARTICLES = {
     "velocity": SEED | {"equivariance": "velocity"},
     "node_only": SEED | {"cross_attention": False, "edge_layers": 0},
     "edge_cross": SEED | {"edge_layers": 0},
-    "e3": dict(name="demetar_e3", width=16, rounds=3, vectors=3, num_invariants=4),
+    "e3": dict(name="demetar_e3", width=16, rounds=3, num_invariants=4),
     "egnn": dict(name="egnn", width=16, num_layers=3),
     "linear": dict(name="linear"),
     "deep_set": dict(name="deep_set", width=16, num_layers=2),

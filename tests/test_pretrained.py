@@ -81,16 +81,13 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch):
         pretrained.read("copy")
 
 
-def test_evaluate_repeats_the_published_number_on_other_data(runner, tmp_path):
-    """The command on the validation part: the validation score of the card, digit for digit."""
-    process = runner.start(
-        "", "--pretrained", NAMES[0], "--split=validation", module="demetar.evaluate"
-    )
+def test_evaluate_repeats_the_published_validation_error(runner):
+    """On a machine whose rounding gives other chaotic systems, only nearly."""
+    arguments = ("--pretrained", NAMES[0], "--split=validation")
+    process = runner.start(None, *arguments, module="demetar.evaluate")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-2000:]
     found = json.loads(out)
+    error, published = found["targets"]["position"]["mse"], found["published"]["validation_score"]
     assert found["count"] == 2_000
-    if found["same_data"]:
-        assert found["targets"]["position"]["mse"] == pytest.approx(
-            found["published"]["validation_score"], rel=0.02
-        )
+    assert error == pytest.approx(published, rel=1e-4 if found["same_data"] else 0.3)

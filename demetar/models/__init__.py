@@ -85,7 +85,7 @@ def _check(key: str, value, known) -> None:
 
 
 def apply_one(model, params, graph: Graph, **options) -> Array:
-    """The output for one graph, outside any batch: `[T]`.
+    """The output for one graph, outside any batch: `[T]` or `[N, 3]`.
 
     The same as `model.apply`, and differentiable: dense layers join the rows of a batch,
     and that is defined inside a vmap only (see `layers.Dense`).

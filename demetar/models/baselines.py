@@ -40,7 +40,7 @@ class Linear(nn.Module):
 
 
 class DeepSet(nn.Module):
-    """x + rho(x_i, sum_j phi(x_j)), per layer (Zaheer et al. 2017); not rotation equivariant."""
+    """Each layer rho(x_i, mean_j x_j) (Zaheer et al. 2017); not rotation equivariant."""
 
     READOUTS: ClassVar = ("position",)
 

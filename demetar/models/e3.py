@@ -1,16 +1,16 @@
 """DEMETAr in edge space: the E(3)-equivariant double-encoder transformer for positions.
 
-The seed's future work, taken further. Node tokens and edge tokens (one per pair) exchange
-attention, and the edges' outputs weight relative vectors (its Equation 6 with the
-transformer in the place of phi). One round, whose weights all rounds share:
+The seed's future work, taken further. Node tokens attend to their edges' tokens (one per
+pair), edges read the tokens of their two nodes, and the edges' outputs weight relative
+vectors (its Equation 6 with the transformer in the place of phi). One round, whose weights all
+rounds share:
 
     edge tokens   <- invariants of the pair's vectors as they are now, both node tokens
     node tokens   <- attention to their own edges (Equation 9), then an MLP
-    vectors       <- v_i += sum_j a_ij (x_i - x_j) / |x_i - x_j| + b_ij (v_i - v_j)
+    velocities    <- v_i += t sum_j a_ij (x_i - x_j) / |x_i - x_j| + b_ij (v_i - v_j)
+    positions     <- x_i += t v_i + the same sum with gates of its own
 
-where every node has `vectors + 1` vector channels: position, velocity and memories that
-start at zero, each with gates a, b of its own. The velocity then moves the position by
-1 / `rounds` of the horizon.
+where t is the horizon / `rounds`.
 
 Symmetries: gates are invariant scalars that do not depend on which end of an edge comes
 first, so outputs turn, reflect and permute with the inputs. Every move is equal and opposite
@@ -41,8 +41,7 @@ class DemetarE3(nn.Module):
       num_heads: H of the nodes' attention; divides `width`.
       mlp_ratio: hidden width of the MLPs over D.
       rounds: how often the one set of weights is applied.
-      vectors: vector channels of a node besides its position.
-      num_invariants: learned dot products of a pair's vectors.
+      num_invariants: learned dot products of a pair's relative position and velocity.
       dtype: of tokens; vectors are float32 or wider.
     """
 
@@ -54,7 +53,6 @@ class DemetarE3(nn.Module):
     num_heads: int = 4
     mlp_ratio: int = 2
     rounds: int = 12
-    vectors: int = 1
     num_invariants: int = 8
     dtype: Any = jnp.float32
 
@@ -71,8 +69,7 @@ class DemetarE3(nn.Module):
         x_com_3, v_com_3 = mean(graph.position), mean(graph.velocity)
         x_Nx3 = jnp.where(mask_N, graph.position - x_com_3, 0)
         v_Nx3 = jnp.where(mask_N, graph.velocity - v_com_3, 0)
-        memory_Nx3xC = jnp.zeros((*x_Nx3.shape, self.vectors - 1), x_Nx3.dtype)
-        vector_Nx3xC = jnp.concatenate([x_Nx3[..., None], v_Nx3[..., None], memory_Nx3xC], axis=-1)
+        vector_Nx3xC = jnp.stack([x_Nx3, v_Nx3], axis=-1)
         token = lambda name: self.param(name, nn.initializers.normal(1.0), (self.width,))
         repeat = lambda x, n: jnp.broadcast_to(x.astype(self.dtype), (n, self.width))
         node_NxD = repeat(token("node"), len(graph.node_mask))
@@ -100,13 +97,13 @@ class _Round(nn.Module):
 
     @nn.compact
     def __call__(self, carry, signed_ExN: Array, coupling_Ex1: Array):
-        vector_Nx3xC, node_NxD, edge_ExD = carry
+        vector_Nx3xC, node_NxD, edge_ExD = carry  # C = 2: position, velocity
         num_nodes, _, channels = vector_Nx3xC.shape
         width, dtype = node_NxD.shape[-1], node_NxD.dtype
         dense = lambda features, **options: Dense(features, dtype=dtype, **options)
         incident_ExN = jnp.abs(signed_ExN)
 
-        # Of each pair: differences of all vectors; the first is x_i - x_j, the second v_i - v_j.
+        # Of each pair: x_i - x_j and v_i - v_j.
         pair_Ex3xC = (signed_ExN @ vector_Nx3xC.reshape(num_nodes, -1)).reshape(-1, 3, channels)
         invariant_ExK, distance_Ex1 = self._invariants(pair_Ex3xC, dtype)
         sign_ExK = coupling_Ex1.astype(dtype)
@@ -149,7 +146,7 @@ class _Round(nn.Module):
         dot = lambda a, b: (a * b).sum(axis=-1, keepdims=True)
         r2, v2, rv = dot(r_Ex3, r_Ex3), dot(v_Ex3, v_Ex3), dot(r_Ex3, v_Ex3)
         distance = jnp.sqrt(r2 + _SOFTENING)
-        # Time (of at most 1) and distance of the closest approach in free flight.
+        # Time (in the data's unit, at most 1) and distance of closest approach in free flight.
         time = jnp.clip(-rv / (v2 + 1e-3), 0, 1)
         closest = jnp.sqrt(jnp.maximum(r2 + 2 * time * rv + time**2 * v2, 0) + _SOFTENING)
         mix = lambda name: Dense(

@@ -26,7 +26,7 @@ _MAX_NUMBER = 9
 
 
 def _linear(features: int, fan_in: int, dtype, name: str, use_bias: bool = True) -> Dense:
-    """With PyTorch's initial weights: uniform within 1 / sqrt(fan_in)."""
+    """With PyTorch's initial weights, uniform within 1 / sqrt(fan_in); biases start at 0."""
     bound = 1 / math.sqrt(fan_in)
     draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
     return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=draw, name=name)
