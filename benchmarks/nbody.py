@@ -80,6 +80,7 @@ _GROWTH = (5, 10, 20, 50, 100)
 
 def _growth_row(model: str, title: str, n: int) -> Row:
     batch = max(2, 200 // n)
+    num_train = 600 if n < 100 else 150  # simulating 100 particles takes a second a system
     return Row(
         "growth",
         f"growth-{model}-{n}",
@@ -90,9 +91,9 @@ def _growth_row(model: str, title: str, n: int) -> Row:
             *_steps(300, batch),
             "--config.train.eval_every=300",
             f"--config.data.eval_batch_size={batch}",
-            "--config.data.general.num_train=600",
-            "--config.data.general.num_validation=60",
-            "--config.data.general.num_test=60",
+            f"--config.data.general.num_train={num_train}",
+            f"--config.data.general.num_validation={num_train // 10}",
+            f"--config.data.general.num_test={num_train // 10}",
             "--config.optim.warmup_steps=30",
         ),
     )
@@ -128,7 +129,7 @@ ROWS = [
 
 
 def train(row: Row) -> None:
-    """Trains a row and writes its JSON."""
+    """Trains a row, if it is not finished, and writes its JSON."""
     workdir = RUNS / row.name
     command = row.command(str(workdir.relative_to(ROOT)))
     cores = ["taskset", "-c", _CORES.value] if _CORES.value else []
@@ -136,6 +137,9 @@ def train(row: Row) -> None:
     devices = ["--config.mesh.cpu_devices=1"] if _CORES.value and "," not in _CORES.value else []
     log = workdir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
+    if (workdir / "result.json").exists():
+        collect(row, [*command, *devices])
+        return
     print(f"{row.name}: see {log}", flush=True)
     with log.open("a") as stream:
         done = subprocess.run(

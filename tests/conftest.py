@@ -2,8 +2,10 @@
 
 import os
 
+# The tests compile some three hundred small programs: code that is generated fast, not fast code.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import importlib.util
