@@ -391,21 +391,20 @@ def _plots() -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for row in ROWS:
         found = _read(row.name)
         if found and row.group == "official":
             left.plot(*zip(*found["validation_curve"], strict=True), ".-", label=row.name[9:])
-    for value, text in ((0.0035, "best published"), (0.0071, "EGNN published")):
-        left.axhline(value, color="grey", linestyle=":")
-        left.annotate(text, (0.98, value), xycoords=("axes fraction", "data"), ha="right")
+    lines = {"best published": 0.0035, "EGNN published": 0.0071}
     floor = _read("floor")
     if floor:
-        left.axhline(floor["any"]["validation"]["mse"], color="black", linestyle="--")
-        left.annotate("floor of equivariant models",
-                      (0.98, floor["any"]["validation"]["mse"]),
-                      xycoords=("axes fraction", "data"), ha="right", va="top")  # fmt: skip
+        lines["floor of equivariant models"] = floor["any"]["validation"]["mse"]
+    for text, value in lines.items():
+        left.axhline(value, color="grey", linestyle=":")
+        left.annotate(text, (0.01, value), xycoords=("axes fraction", "data"), va="bottom")
     left.set(xscale="log", yscale="log", xlabel="step", ylabel="validation MSE",
              title="egnn protocol")  # fmt: skip
     left.legend(fontsize=7)
@@ -417,9 +416,13 @@ def _plots() -> None:
         ]
         if points:
             right.plot(*zip(*points, strict=True), "o-", label=model)
-    right.set(xscale="log", yscale="log", xlabel="particles", ylabel="test MSE / free flight",
+    right.set(xscale="log", ylim=(0, None), xlabel="particles", ylabel="test MSE / free flight",
               title="general protocol, 300 steps of training")  # fmt: skip
     right.legend()
+    right.set_xticks(_GROWTH, _GROWTH)
+    left.set_xticks((500, 1_000, 2_000, 4_000, 8_000), ("500", "1,000", "2,000", "4,000", "8,000"))
+    for axis in (left.xaxis, right.xaxis):
+        axis.set_minor_locator(ticker.NullLocator())
     figure.savefig(PAGE.with_name("nbody.png"), dpi=120)
 
 

@@ -206,9 +206,9 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     batch = sharding.to_devices(batch, experiment.mesh, 16)
     before = experiment.create_state()
     old = jax.device_get(before.params)
-    after, sums = compiled_train_step(experiment)(0, before, batch, np.float32(1))
-    # The first learning rate of a warm-up is 0: two steps move.
-    after, sums = compiled_train_step(experiment)(0, after, batch, np.float32(1))
+    step = compiled_train_step(experiment)
+    after, sums = step(0, before, batch, np.float32(1))
+    after, sums = step(0, after, batch, np.float32(1))  # the first rate of a warm-up is 0
     assert np.isfinite(sums.loss) and np.isfinite(sums.grad_norm)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), old, jax.device_get(after.params))
     assert any(jax.tree.leaves(changed))
