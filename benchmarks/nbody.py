@@ -365,8 +365,8 @@ def _verdict() -> str:
         f"{say['node_only']}. Edges change the error by a factor of "
         f"{mse['edge_cross'] / mse['node_only']:.2f}, an encoder of their own between embedding "
         f"and cross-attention by another {mse['velocity'] / mse['edge_cross']:.2f} (one seed "
-        "each). What bounds all of them is the read-out x + v phi, which cannot point anywhere "
-        f"but along the velocity: EGNN reaches {say['egnn']}. The edge-space transformer, another "
+        "each). Their read-out x + v phi cannot point anywhere but along the velocity; EGNN, "
+        f"which can, reaches {say['egnn']}. The edge-space transformer, another "
         "model with a node and an edge encoder, whose edges' outputs weight relative vectors, "
         f"reaches {say['e3']}."
     )

@@ -319,9 +319,9 @@ def simulate(
 def _run(position, velocity, coupling, save_at, interaction, box):
     """(position, velocity) [g, N, 3] at the steps `save_at` (ascending) of a few systems.
 
-    Close encounters amplify the last bit of a sum to 1e-2 and more in one system of twenty.
-    So every sum here has the operands, the order and the routine of the official generator
-    (squared distances by |a|^2 + |b|^2 - 2 a.b through BLAS, forces summed over the last axis):
+    In some systems close encounters amplify the last bit of a sum to 1e-2 and more. So every
+    sum here has the operands, the order and the routine of the official generator (squared
+    distances by |a|^2 + |b|^2 - 2 a.b through BLAS, forces summed over the last axis):
     systems come out equal to the official ones, bit for bit, on the same machine.
     """
     n = position.shape[1]

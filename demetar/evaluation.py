@@ -98,23 +98,24 @@ class Evaluator:
         plan = BatchPlan(arrays.sizes, dataset.split[split], dataset.buckets, batch_size, seed=None)
         rows = sharding.process_rows(mesh, batch_size)
         batches = pipeline.batches(arrays, plan, rows, range(plan.steps_per_epoch))
-        sums, order, graph_errors, outputs = [], [], [], []
+        sums, order, outputs = [], [], []  # fetched after the loop: it never waits for a device
         for step, (bucket, batch) in enumerate(batches):
             if self._interruption is not None and self._interruption.requested:
                 return None
-            graphs_B = plan[step][1]
-            real_B = graphs_B >= 0
             batch = sharding.to_devices(batch, mesh, batch_size)
             errors, error_BxT, prediction = self._step(bucket, params, batch)
             sums.append(errors)
-            order.append(graphs_B[real_B])
-            graph_errors.append(_float64(_on_host(error_BxT))[real_B])
-            prediction = _float64(_on_host(prediction))
-            if arrays.target_per_node:
-                outputs.append(prediction[_on_host(batch.node_mask)])
-            else:
-                outputs.append(prediction[real_B])
-        order, prediction = np.concatenate(order), np.concatenate(outputs)
+            order.append(plan[step][1])
+            # Which of the predicted rows are real: of nodes, or of graphs.
+            mask = batch.node_mask if arrays.target_per_node else batch.graph_mask
+            outputs.append((error_BxT, batch.graph_mask, prediction, mask))
+        order = np.concatenate(order)
+        order = order[order >= 0]
+        graph_errors, predictions = [], []
+        for error_BxT, graph_mask_B, prediction, mask in outputs:
+            graph_errors.append(_float64(_on_host(error_BxT))[_on_host(graph_mask_B)])
+            predictions.append(_float64(_on_host(prediction))[_on_host(mask)])
+        prediction = np.concatenate(predictions)
         normalization = self._experiment.normalization
         scale = error_scale(normalization, dataset.metric)
         if not arrays.target_per_node:

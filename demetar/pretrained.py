@@ -130,6 +130,7 @@ def load_pretrained(name: str) -> Callable[..., np.ndarray]:
 
 def _export(workdir: pathlib.Path, name: str) -> None:
     """Ships the best weights of the finished run in `workdir` as `name`."""
+    # Late: who only loads weights needs neither Orbax nor data.
     from demetar.checkpoint import Checkpoints
     from demetar.experiment import build_experiment
 

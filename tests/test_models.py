@@ -15,6 +15,7 @@ from data_pipelines.plan import Bucket
 from demetar.models import MODELS, apply_one, create_model
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module
+from demetar.models.layers import SYMMETRIES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -44,7 +45,6 @@ PARTICLES = {
     "set_transformer": dict(name="set_transformer", width=16, num_layers=2),
 }
 VARIANTS = MOLECULES | PARTICLES
-SYMMETRIES = {"rotation", "reflection", "translation", "permutation"}
 
 
 def build(variant="default", **more):

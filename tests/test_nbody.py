@@ -214,6 +214,14 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     assert any(jax.tree.leaves(changed))
 
 
+def test_words_of_the_config_in_any_order_and_no_two_models():
+    assert load_config("nbody", "blog,smoke") == load_config("nbody", "smoke,blog")
+    assert load_config("nbody", "blog,velocity").data.protocol == "blog"
+    for words, message in (("egnn,linear", "At most one model"), ("egn", "no variant 'egn'")):
+        with pytest.raises(ValueError, match=message):
+            load_config("nbody", words)
+
+
 def test_models_and_targets_must_match(cache_dir):
     config = load_config("nbody", "smoke")
     config.data.cache_dir = cache_dir

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
-from demetar.models.layers import Block, Dense, Mlp, layer_norm, mask_bias
+from demetar.models.layers import SYMMETRIES, Block, Dense, Mlp, layer_norm, mask_bias
 
 
 def _features(graph: Graph, dtype) -> Array:
@@ -21,14 +21,11 @@ class Linear(nn.Module):
     """x + c v with one learned number, which starts at the horizon (EGNN's baseline)."""
 
     READOUTS: ClassVar = ("position",)
+    symmetries: ClassVar = SYMMETRIES
 
     readouts: tuple[str, ...]
     horizon: float
     dtype: Any = jnp.float32
-
-    @property
-    def symmetries(self) -> frozenset[str]:
-        return frozenset({"rotation", "reflection", "translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
@@ -43,15 +40,12 @@ class DeepSet(nn.Module):
     """Each layer rho(x_i, mean_j x_j) (Zaheer et al. 2017); not rotation equivariant."""
 
     READOUTS: ClassVar = ("position",)
+    symmetries: ClassVar = SYMMETRIES - {"rotation", "reflection"}
 
     readouts: tuple[str, ...]
     width: int = 128
     num_layers: int = 3
     dtype: Any = jnp.float32
-
-    @property
-    def symmetries(self) -> frozenset[str]:
-        return frozenset({"translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
@@ -72,16 +66,13 @@ class SetTransformer(nn.Module):
     """Self-attention over the particles (Lee et al. 2019); not rotation equivariant."""
 
     READOUTS: ClassVar = ("position",)
+    symmetries: ClassVar = SYMMETRIES - {"rotation", "reflection"}
 
     readouts: tuple[str, ...]
     width: int = 64
     num_heads: int = 4
     num_layers: int = 3
     dtype: Any = jnp.float32
-
-    @property
-    def symmetries(self) -> frozenset[str]:
-        return frozenset({"translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:

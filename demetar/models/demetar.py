@@ -27,6 +27,7 @@ import numpy as np
 
 from demetar.graph import Graph, without_padding_values
 from demetar.models.layers import (
+    SYMMETRIES,
     Array,
     Attention,
     Block,
@@ -95,12 +96,12 @@ class Demetar(nn.Module):
     @property
     def symmetries(self) -> frozenset[str]:
         """Those that the output has, with positions turning and shifting as the input does."""
-        symmetries = {"permutation"}
-        if self.readouts != ("position",) or self.equivariance != "none":
-            symmetries |= {"translation"}
         if self.readouts != ("position",) or self.equivariance in ("com", "velocity"):
-            symmetries |= {"rotation", "reflection"}
-        return frozenset(symmetries)
+            return SYMMETRIES
+        lost = {"rotation", "reflection"} | (
+            {"translation"} if self.equivariance == "none" else set()
+        )
+        return SYMMETRIES - lost
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
-from demetar.models.layers import Attention, Dense, Mlp, layer_norm, mask_bias
+from demetar.models.layers import SYMMETRIES, Attention, Dense, Mlp, layer_norm, mask_bias
 
 _SOFTENING = 1e-6  # added to squares, in the data's length^2: nothing is singular at contact
 
@@ -46,6 +46,7 @@ class DemetarE3(nn.Module):
     """
 
     READOUTS: ClassVar = ("position",)
+    symmetries: ClassVar = SYMMETRIES
 
     readouts: tuple[str, ...]
     horizon: float
@@ -55,10 +56,6 @@ class DemetarE3(nn.Module):
     rounds: int = 12
     num_invariants: int = 8
     dtype: Any = jnp.float32
-
-    @property
-    def symmetries(self) -> frozenset[str]:
-        return frozenset({"rotation", "reflection", "translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
-from demetar.models.layers import Dense, safe_norm
+from demetar.models.layers import SYMMETRIES, Dense, safe_norm
 
 _ELEMENTS = (1, 6, 7, 8, 9)  # of QM9; node features are one-hot times powers of Z / 9
 _MAX_NUMBER = 9
@@ -44,16 +44,13 @@ class Egnn(nn.Module):
     """
 
     READOUTS: ClassVar = ("position", "sum")
+    symmetries: ClassVar = SYMMETRIES
 
     readouts: tuple[str, ...]
     width: int = 64
     num_layers: int = 4
     attention: bool = False
     dtype: Any = jnp.float32
-
-    @property
-    def symmetries(self) -> frozenset[str]:
-        return frozenset({"rotation", "reflection", "translation", "permutation"})
 
     @nn.compact
     def __call__(self, graph: Graph, deterministic: bool = True) -> Array:

@@ -13,6 +13,10 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# What a model's `symmetries` may name: positions turn, reflect and shift with the input, and
+# graph targets stay; nodes may come in any order.
+SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
+
 
 @jax.custom_batching.custom_vmap
 def _matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
