@@ -243,6 +243,8 @@ def test_a_killed_run_goes_on_bit_for_bit(runner, tmp_path):
     assert whole["params_sha256"] == killed["params_sha256"]
     assert whole["targets"] == killed["targets"]
     assert set(whole["targets"]["position"]) >= {"mse", "median", "interval_95", "mse_of_linear"}
+    low, high = whole["targets"]["position"]["interval_95"]
+    assert whole["count"] == 32 and low <= whole["targets"]["position"]["mse"] <= high
     curves = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "killed")]
     assert curves[0] == curves[1]
     assert (tmp_path / "whole" / "trajectories.png").stat().st_size > 10_000
