@@ -132,7 +132,9 @@ def _full(model: str) -> ConfigDict:
             "checkpoint": {"every_steps": 1_000, "keep_last": 2},
             "log": {"every_steps": 100},
             "mesh": {
-                "data": -1,  # devices along the axis `data`; -1: all
+                "data": -1,  # copies of the state, each with other graphs; -1: all that is left
+                "fsdp": 1,  # parts of the state, each with other graphs
+                "model": 1,  # parts of each layer, all with the same graphs
                 "cpu_devices": 2,  # virtual CPU devices; 0: one
             },
         }

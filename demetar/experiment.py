@@ -1,6 +1,7 @@
 """What follows from a config alone: mesh, data, model, optimizer; for training and evaluation."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -54,22 +55,27 @@ class Experiment:
         one = jax.tree.map(lambda x: x[0], example)
         return create_state(self.model, self.tx, one, self.config.seed)
 
+    @functools.cached_property
+    def state_specs(self) -> TrainState:
+        """How each leaf of the state lies on today's mesh: `PartitionSpec`s."""
+        return sharding.state_specs(self.mesh, jax.eval_shape(self._init))
+
     def create_state(self) -> TrainState:
         """A fresh state, born in its shardings."""
-        return jax.jit(self._init, out_shardings=sharding.replicated(self.mesh))()
+        return jax.jit(self._init, out_shardings=sharding.named(self.mesh, self.state_specs))()
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state on today's mesh."""
-        everywhere = sharding.replicated(self.mesh)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             jax.eval_shape(self._init),
+            sharding.named(self.mesh, self.state_specs),
         )
 
 
 def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
     """Builds all parts; whatever in the config is wrong is a `UserError` here."""
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
     _check(config, mesh)
     dataset = load_dataset(**config.data)
     arrays, normalization = standardize(dataset, config_lib.real_dtype(config))
@@ -77,7 +83,7 @@ def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
     schedule = learning_rate(
         optim.schedule, optim.learning_rate, optim.warmup_steps, num_steps, optim.final_fraction
     )
-    return Experiment(
+    experiment = Experiment(
         config=config,
         mesh=mesh,
         dataset=dataset,
@@ -91,6 +97,9 @@ def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
         schedule=schedule,
         tx=make_optimizer(schedule, optim.b1, optim.b2, optim.weight_decay, optim.clip_norm),
     )
+    heads = config.model.get("num_heads")
+    sharding.check_model(mesh, experiment.abstract_state().params, heads)
+    return experiment
 
 
 def _check(config: ml_collections.ConfigDict, mesh) -> None:

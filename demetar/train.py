@@ -177,9 +177,12 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
 def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
     """The train step, compiled once per bucket: state donated, shardings fixed."""
     config, mesh = experiment.config, experiment.mesh
+    specs = experiment.state_specs
     step = make_train_step(
         experiment.model,
         experiment.tx,
+        mesh,
+        specs.params,
         loss=config.train.loss,
         metric=experiment.dataset.metric,
         seed=config.seed,
@@ -187,12 +190,13 @@ def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
         accumulation=config.train.accumulation,
     )
     everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
-    sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split)
+    state = sharding.named(mesh, specs)
+    sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split, stop=everywhere)
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(everywhere, split, everywhere),
-        out_shardings=(everywhere, sums),
+        in_shardings=(state, split, split, everywhere),
+        out_shardings=(state, sums),
     )
     return CompiledPerBucket(jitted, len(experiment.dataset.buckets))
 

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 from conftest import load_config
+from jax.sharding import PartitionSpec as P
 
 from data_pipelines import pipeline
 from data_pipelines.plan import FILL, BatchPlan, Bucket, buckets_with_limits
 from demetar import sharding
+from demetar.errors import UserError
 from demetar.experiment import Experiment, build_experiment
 from demetar.models import create_model
 from demetar.step import CompiledPerBucket
@@ -19,7 +21,8 @@ from demetar.task import Normalization, TargetErrors, standardize
 from demetar.train import compiled_train_step
 
 
-def make_experiment(dataset, devices=1, dtype="float32", accumulation=1, **model):
+def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, **model):
+    """Args: `mesh` is the sizes (data, fsdp, model), or data alone."""
     config = load_config("qm9", "smoke")
     # One bucket: every further one is another program to compile.
     buckets = buckets_with_limits(dataset.arrays.sizes, (29,))
@@ -31,7 +34,7 @@ def make_experiment(dataset, devices=1, dtype="float32", accumulation=1, **model
     options = config.model.to_dict()
     return Experiment(
         config=config,
-        mesh=sharding.make_mesh(devices),
+        mesh=sharding.make_mesh(*(mesh if isinstance(mesh, tuple) else (mesh,))),
         dataset=dataset,
         arrays=arrays,
         normalization=normalization,
@@ -55,9 +58,9 @@ def run(experiment, steps, fill=()):
         graphs = graphs.copy()
         graphs[list(fill)] = FILL
         batch = pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
-        state, sums = step(
-            bucket, state, sharding.to_devices(batch, experiment.mesh, size), np.float32(1)
-        )
+        batch = sharding.to_devices(batch, experiment.mesh, size)
+        flags = sharding.flags(experiment.mesh, False)
+        state, sums = step(bucket, state, batch, flags, np.float32(1))
         losses.append(float(sums.loss))
     return np.array(losses), jax.device_get(state)
 
@@ -73,26 +76,83 @@ def test_float32_on_1_and_8_devices(dataset):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
-def test_float64_on_1_and_8_devices(dataset, float64):
-    one, state_1 = run(make_experiment(dataset, 1, "float64"), 40)
-    eight, state_8 = run(make_experiment(dataset, 8, "float64"), 40)
-    np.testing.assert_allclose(eight, one, rtol=1e-10)
-    norms = [float(optax.global_norm(s.params)) for s in (state_1, state_8)]
+@pytest.fixture(scope="module")
+def on_one_device(dataset):
+    with jax.enable_x64(True):
+        return run(make_experiment(dataset, 1, "float64"), 40)
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+def test_float64_on_any_mesh(dataset, float64, on_one_device, mesh):
+    one, state_1 = on_one_device
+    many, state_n = run(make_experiment(dataset, mesh, "float64"), 40)
+    np.testing.assert_allclose(many, one, rtol=1e-10)
+    norms = [float(optax.global_norm(s.params)) for s in (state_1, state_n)]
     np.testing.assert_allclose(*norms, rtol=1e-10)
 
 
-def test_one_all_reduce_and_no_other_collective(dataset):
-    experiment = make_experiment(dataset, 8)
+def test_accumulation_on_a_mesh_of_three_axes(dataset, float64, on_one_device):
+    many, _ = run(make_experiment(dataset, (2, 2, 2), "float64", accumulation=4), 4)
+    np.testing.assert_allclose(many, on_one_device[0][:4], rtol=1e-10)
+
+
+def test_rules_divide_matrices_and_their_moments(dataset):
+    experiment = make_experiment(dataset, (2, 2, 2))
+    state = experiment.create_state()
+    adam = state.opt_state[1][0]
+    for tree in (state.params, state.ema, adam.mu, adam.nu):
+        block = tree["joint_0"]
+        assert block["Attention_0"]["query"]["kernel"].sharding.spec == P("fsdp", "model")
+        assert block["Attention_0"]["out"]["kernel"].sharding.spec == P("model", "fsdp")
+        assert block["Mlp_0"]["Dense_1"]["bias"].sharding.spec == P()
+        kernel = block["Mlp_0"]["Dense_0"]["kernel"]
+        assert kernel.addressable_data(0).size == kernel.size // 4
+
+
+def collectives(dataset, mesh, **options):
+    """(name, elements) of each collective in the compiled train step."""
+    experiment = make_experiment(dataset, mesh, **options)
+    text = lower(experiment).compile().as_text()
+    found = []
+    for shapes, name in re.findall(
+        r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+        r"(?:-start)?\(",
+        text,
+    ):
+        sizes = [
+            int(np.prod([int(n) for n in dims.split(",") if n]))
+            for dims in re.findall(r"f\d+\[([\d,]*)\]", shapes)
+        ]
+        found.append((name, sum(sizes)))
+    return found
+
+
+def lower(experiment):
     step = compiled_train_step(experiment)
     bucket = experiment.dataset.buckets[0]
     batch = pipeline.gather(experiment.arrays, np.full(16, FILL), bucket)
     batch = sharding.to_devices(batch, experiment.mesh, 16)
-    lowered = step._jitted.lower(experiment.abstract_state(), batch, np.float32(1))
-    text = lowered.compile().as_text()
-    collectives = re.findall(
-        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text
+    flags = sharding.flags(experiment.mesh, False)
+    return step._jitted.lower(experiment.abstract_state(), batch, flags, np.float32(1))
+
+
+def test_one_all_reduce_and_no_other_collective(dataset):
+    assert [name for name, _ in collectives(dataset, 8)] == ["all-reduce"]
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients(dataset):
+    found = collectives(dataset, (1, 8, 1))
+    assert {name for name, _ in found} == {"all-gather", "reduce-scatter", "all-reduce"}
+    # What is all-reduced: gradients of the leaves that are repeated, and sums.
+    experiment = make_experiment(dataset, (1, 8, 1))
+    leaves = zip(
+        jax.tree.leaves(experiment.abstract_state().params),
+        jax.tree.leaves(experiment.state_specs.params),
+        strict=True,
     )
-    assert collectives == ["all-reduce"]
+    repeated = sum(x.size for x, spec in leaves if "fsdp" not in spec)
+    reduced = sum(size for name, size in found if name == "all-reduce")
+    assert reduced < repeated + 64
 
 
 def test_accumulation_equals_the_plain_step(dataset, float64):
@@ -115,6 +175,7 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(dataset, float6
             0,
             experiment.create_state(),
             sharding.to_devices(batch, experiment.mesh, len(rows)),
+            sharding.flags(experiment.mesh, False),
             np.float32(1),
         )
         return float(sums.grad_norm) * len(rows), float(sums.loss), float(sums.errors.count)
@@ -195,11 +256,34 @@ def test_metric_is_exact_over_padding_and_batching():
 
 
 def test_batch_size_that_does_not_divide_names_the_nearest():
-    from demetar.errors import UserError
-
     mesh = sharding.make_mesh(8)
     with pytest.raises(UserError, match=r"\(20\) must be .* multiple of 16.*nearest are 16 and 32"):
         sharding.check_batch_size("config.data.batch_size", 20, mesh, accumulation=2)
-    with pytest.raises(UserError, match="9, but 8 devices"):
-        sharding.make_mesh(9)
-    assert sharding.process_rows(mesh, 32) == slice(0, 32)
+    assert (sharding.process_rows(mesh, 32) == np.arange(32)).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((9, 1, 1), "takes 9 devices. 8 devices are present; nearest meshes that fit: 8x1x1"),
+        ((-1, 3, 1), "3 x 1 = 3. does not divide the 8 devices.*4x2x1"),
+        ((4, 2, 2), "takes 16 devices.*nearest meshes that fit: (4x2x1|4x1x2|2x2x2)"),
+        ((1, 0, 1), "below 1"),
+    ],
+)
+def test_impossible_mesh_names_the_nearest(sizes, message):
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+def test_axis_model_must_divide_heads_and_have_something_to_divide(cache_dir):
+    config = load_config("qm9", "smoke")
+    config.data.cache_dir = cache_dir
+    config.mesh.model = 8
+    with pytest.raises(UserError, match=r"model \(8\) must divide the attention heads \(4\)"):
+        build_experiment(config)
+    config = load_config("qm9", "smoke,egnn")
+    config.data.cache_dir = cache_dir
+    config.mesh.model = 2
+    with pytest.raises(UserError, match="nothing to divide"):
+        build_experiment(config)

@@ -112,10 +112,10 @@ class Attention(nn.Module):
         # No biases: one on the keys cancels in the softmax, and `out` has its own.
         dense = lambda features, name: Dense(features, use_bias=False, dtype=self.dtype, name=name)
         q_NxHxd = dense(width, "query")(query_NxD).reshape(-1, self.num_heads, head_width)
-        kv_MxD2 = dense(2 * width, "key_value")(key_MxD)
-        k_MxHxd, v_MxHxd = (
-            x.reshape(-1, self.num_heads, head_width) for x in jnp.split(kv_MxD2, 2, axis=-1)
-        )
+        # Columns head by head, so that a mesh can divide the heads.
+        kv_MxD2 = dense(2 * width, "kv")(key_MxD)
+        kv_MxHx2xd = kv_MxD2.reshape(-1, self.num_heads, 2, head_width)
+        k_MxHxd, v_MxHxd = kv_MxHx2xd[:, :, 0], kv_MxHx2xd[:, :, 1]
         if self.scaling == "standard":
             q_NxHxd = q_NxHxd / math.sqrt(head_width)
         logits_HxNxM = jnp.einsum("nhd,mhd->hnm", q_NxHxd, k_MxHxd)
