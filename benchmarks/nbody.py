@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from demetar.evaluation import interval_95
-from demetar.writers import read_metrics
+from demetar.writers import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nbody"
@@ -154,7 +154,7 @@ def collect(row: Row, command: list[str]) -> None:
     """The JSON of a finished row."""
     workdir = RUNS / row.name
     result = json.loads((workdir / "result.json").read_text())
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_jsonl(workdir / "metrics.jsonl")
     curve = [(x["step"], x["position_mse"]) for x in lines if x["split"] == "validation"]
     config = result["config"]
     content = {

@@ -99,8 +99,20 @@ def _full() -> ConfigDict:
                 "accumulation": 1,  # micro-batches a step
                 "eval_every": 4_300,
             },
-            "checkpoint": {"every_steps": 1_000, "keep_last": 2},
-            "log": {"every_steps": 100},
+            "checkpoint": {
+                "every_steps": 1_000,
+                "keep_last": 2,
+                "stop_at": 0,  # step after which to save and stop, as if preempted; 0: never
+            },
+            "log": {
+                "every_steps": 100,
+                "identity": False,  # also which graphs each process computed in each step
+            },
+            "cluster": {
+                "start_seconds": 300,  # how long the first process waits for the last
+                "lost_seconds": 30,  # silence after which a process is lost, and the job ends
+                "stuck_seconds": 80,  # without any progress, after which the job ends
+            },
             "mesh": {
                 "data": -1,  # copies of the state, each with other graphs; -1: all that is left
                 "fsdp": 1,  # parts of the state, each with other graphs

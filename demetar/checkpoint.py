@@ -12,12 +12,13 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from demetar import writers
+from demetar.cluster import Job
 from demetar.errors import UserError
 
 _MANIFEST = "manifest.json"
@@ -30,9 +31,10 @@ class Checkpoints:
       workdir: of the run.
       keep_last: how many of the newest to keep, at least 2, so that there is always one
         before the one being written.
+      job: whose processes save and restore together; None for a reader of its own.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep_last: int):
+    def __init__(self, workdir: pathlib.Path, keep_last: int, job: Job | None = None):
         if keep_last < 2:
             raise UserError(
                 f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
@@ -40,7 +42,11 @@ class Checkpoints:
             )
         self._folder = workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
-        damaged = self._set_damaged_aside(workdir / "damaged")
+        damaged = False
+        if job is None or job.is_main:
+            damaged = self._set_damaged_aside(workdir / "damaged")
+        if job is not None:
+            job.barrier("checkpoints")
         self._best = _KeepBest()
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
@@ -96,10 +102,9 @@ class Checkpoints:
             if reason is None:
                 continue
             damaged |= (folder / _MANIFEST).exists()
-            print(
+            writers.complain(
                 f"Checkpoint {folder.name} is not whole ({reason}); moved to {aside}. "
-                "Going back to the one before.",
-                file=sys.stderr,
+                "Going back to the one before."
             )
             aside.mkdir(exist_ok=True)
             shutil.rmtree(aside / folder.name, ignore_errors=True)

@@ -8,7 +8,15 @@ import numpy as np
 from demetar.errors import UserError
 
 # A run may be resumed with other values of these: they change no number.
-_FREE = ("log.", "checkpoint.", "mesh.", "data.prefetch", "data.cache_dir", "data.path")
+_FREE = (
+    "log.",
+    "checkpoint.",
+    "mesh.",
+    "cluster.",
+    "data.prefetch",
+    "data.cache_dir",
+    "data.path",
+)
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict:

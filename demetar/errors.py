@@ -4,13 +4,16 @@ A `UserError` is printed as its message alone, without a traceback: it names the
 thing, both values, and the remedy. Anything else is a bug and keeps its traceback.
 """
 
+import difflib
 import functools
 import sys
 
 EXIT_DONE = 0
-EXIT_FAILED = 1  # a bug or a broken machine: traceback printed
-EXIT_USER_ERROR = 2  # bad input: message printed, nothing lost
-EXIT_INTERRUPTED = 75  # saved on SIGINT or SIGTERM; the same command goes on (EX_TEMPFAIL)
+EXIT_FAILED = 1  # a bug or a broken machine: traceback printed. Do not requeue
+EXIT_USER_ERROR = 2  # bad input: message printed, nothing lost. Do not requeue
+EXIT_PREEMPTED = 75  # asked to stop, and saved; the same command goes on (EX_TEMPFAIL). Requeue
+EXIT_LOST = 76  # another process was lost, or hangs; as if this one had been killed
+EXIT_NO_PROGRESS = 78  # failed at the same step three times. Do not requeue
 
 
 class UserError(Exception):
@@ -25,21 +28,27 @@ class NonFiniteLoss(UserError):
     exit_code = EXIT_FAILED
 
 
+class NoProgress(UserError):
+    """The run failed at one step too often to try again."""
+
+    exit_code = EXIT_NO_PROGRESS
+
+
+class Preempted(Exception):
+    """Asked to stop; what had to be saved is saved, and the message says where."""
+
+    exit_code = EXIT_PREEMPTED
+
+
 def suggest(name: str, known) -> str:
     """`" did you mean 'homo'?"` when something known is close to `name`, else `""`."""
-    import difflib
-
     lowered = {str(k).lower(): str(k) for k in known}
     close = difflib.get_close_matches(str(name).lower(), lowered, n=1)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
 
 
-class Interrupted(Exception):
-    """Asked to stop by a signal; what had to be saved is saved, and the message says where."""
-
-
 def exits_cleanly(main):
-    """Wraps a command: what a person can mend is a message and an exit code, not a traceback."""
+    """Wraps a command of one process: a `UserError` is a message and an exit code."""
 
     @functools.wraps(main)
     def wrapped(argv):
@@ -48,8 +57,5 @@ def exits_cleanly(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)
-        except Interrupted as stop:
-            print(f"{stop} The same command goes on from there.", file=sys.stderr)
-            sys.exit(EXIT_INTERRUPTED)
 
     return wrapped

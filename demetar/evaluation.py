@@ -7,16 +7,15 @@ import subprocess
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from data_pipelines import pipeline
 from data_pipelines.dataset import Dataset
 from data_pipelines.plan import BatchPlan
 from demetar import report, sharding, writers
+from demetar.cluster import Job
 from demetar.experiment import Experiment
 from demetar.graph import Array
-from demetar.interrupt import Interruption
-from demetar.state import params_sha256
+from demetar.state import TrainState, params_sha256, state_sha256
 from demetar.step import CompiledPerBucket, make_eval_step
 from demetar.task import TargetErrors, error_scale, trivial_errors
 
@@ -74,21 +73,27 @@ def error_text(dataset: Dataset, error_T) -> str:
 
 
 class Evaluator:
-    """Evaluates weights on a split: every graph exactly once, on any number of devices."""
+    """Evaluates weights on a split: every graph exactly once, on any number of devices.
 
-    def __init__(self, experiment: Experiment, interruption: Interruption | None = None):
-        self._experiment, self._interruption = experiment, interruption
-        mesh = experiment.mesh
+    Args:
+      experiment: what the weights are for.
+      job: that may be asked to stop meanwhile; None where nobody asks.
+    """
+
+    def __init__(self, experiment: Experiment, job: Job | None = None):
+        self._experiment, self._job = experiment, job
+        mesh, specs = experiment.mesh, experiment.state_specs.params
         everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
         jitted = jax.jit(
-            make_eval_step(experiment.model, experiment.dataset.metric),
-            in_shardings=(everywhere, split),
-            out_shardings=(everywhere, split, split),
+            make_eval_step(experiment.model, mesh, specs, experiment.dataset.metric),
+            in_shardings=(sharding.named(mesh, specs), split, split),
+            out_shardings=everywhere,
         )
-        self._step = CompiledPerBucket(jitted, len(experiment.dataset.buckets))
+        watch = None if job is None else job.watch
+        self._step = CompiledPerBucket(jitted, len(experiment.dataset.buckets), watch)
 
     def run(self, params, split: str) -> Outcome | None:
-        """Errors and predictions of `split`; None if a signal cut it short."""
+        """Errors and predictions of `split`; None if a signal cut it short, on all processes."""
         dataset, arrays, mesh = (
             self._experiment.dataset,
             self._experiment.arrays,
@@ -98,23 +103,30 @@ class Evaluator:
         plan = BatchPlan(arrays.sizes, dataset.split[split], dataset.buckets, batch_size, seed=None)
         rows = sharding.process_rows(mesh, batch_size)
         batches = pipeline.batches(arrays, plan, rows, range(plan.steps_per_epoch))
-        sums, order, outputs = [], [], []  # fetched after the loop: it never waits for a device
+        outputs = []  # fetched after the loop: it never waits for a device that has work to do
         for step, (bucket, batch) in enumerate(batches):
-            if self._interruption is not None and self._interruption.requested:
+            if self._job is not None:
+                self._job.watch.phase(f"evaluation of {split}, batch {step}")
+            if len(outputs) > 2 and outputs[-3][0][1] > 0:  # computed by now: two are under way
                 return None
             batch = sharding.to_devices(batch, mesh, batch_size)
-            errors, error_BxT, prediction = self._step(bucket, params, batch)
-            sums.append(errors)
-            order.append(plan[step][1])
-            # Which of the predicted rows are real: of nodes, or of graphs.
-            mask = batch.node_mask if arrays.target_per_node else batch.graph_mask
-            outputs.append((error_BxT, batch.graph_mask, prediction, mask))
+            asked = self._job is not None and bool(self._job.interruption.requested)
+            outputs.append(self._step(bucket, params, batch, sharding.flags(mesh, asked)))
+        graph_errors, predictions, order = [], [], []
+        for step, (_, error_BxT, prediction) in enumerate(outputs):
+            bucket, graphs_B = plan[step]
+            real_B = graphs_B >= 0
+            graphs = graphs_B[real_B]
+            order.append(graphs)
+            graph_errors.append(_float64(error_BxT)[real_B])
+            # Rows are graphs or, where each node has its own target, graphs x nodes.
+            prediction = _float64(prediction)[real_B]
+            if arrays.target_per_node:
+                nodes = arrays.sizes.num_nodes[graphs][:, None]
+                prediction = prediction[np.arange(prediction.shape[1]) < nodes]
+            predictions.append(prediction)
         order = np.concatenate(order)
-        order = order[order >= 0]
-        graph_errors, predictions = [], []
-        for error_BxT, graph_mask_B, prediction, mask in outputs:
-            graph_errors.append(_float64(_on_host(error_BxT))[_on_host(graph_mask_B)])
-            predictions.append(_float64(_on_host(prediction))[_on_host(mask)])
+        sums = [errors for (errors, _), *_ in outputs]
         prediction = np.concatenate(predictions)
         normalization = self._experiment.normalization
         scale = error_scale(normalization, dataset.metric)
@@ -132,12 +144,6 @@ class Evaluator:
 
 def _float64(x: Array) -> np.ndarray:
     return np.asarray(x, np.float64)
-
-
-def _on_host(x: jax.Array) -> np.ndarray:
-    if jax.process_count() == 1:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def result_of(outcome: Outcome, split: str, step: int, identity: dict) -> dict:
@@ -173,19 +179,37 @@ def interval_95(error_g: np.ndarray) -> list[float]:
 
 
 def save_result(
-    workdir: pathlib.Path, evaluator: Evaluator, *, ema, step, final_params, identity, progress
+    workdir: pathlib.Path,
+    evaluator: Evaluator,
+    *,
+    ema,
+    step: int,
+    state: TrainState,
+    identity: dict,
+    progress: dict,
 ) -> dict:
-    """Evaluates the best weights once on test; writes `result.json` and the plots."""
+    """Evaluates the best weights once on test; writes `result.json` and the plots.
+
+    Args:
+      ema: the best weights.
+      step: of them.
+      state: the last one, for its hashes.
+      identity: config and passport.
+      progress: of the run.
+    """
     outcome = evaluator.run(ema, "test")
     if outcome is None:
         return {}
+    state = sharding.to_host(state)
     result = result_of(outcome, "test", step, identity) | {
         "validation_score": progress["best_score"],
         "train_seconds": progress["train_seconds"],
         "seed": identity["config"]["seed"],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         "git_commit": _git_commit(),
-        "params_sha256": params_sha256(jax.device_get(final_params)),
+        "params_sha256": params_sha256(state.params),
+        "state_sha256": state_sha256(state, progress),
     }
     if jax.process_index() == 0:
         if outcome.dataset.arrays.target_per_node:
@@ -194,8 +218,8 @@ def save_result(
             report.plot_parity(workdir / "parity.png", outcome)
         report.plot_learning_curves(workdir / "learning_curves.png", workdir, outcome)
         writers.write_json(workdir / "result.json", result)
-    items = outcome.dataset.items
-    print(f"Test {outcome.text()} over {outcome.count} {items}; see {workdir}/result.json")
+        items = outcome.dataset.items
+        print(f"Test {outcome.text()} over {outcome.count} {items}; see {workdir}/result.json")
     return result
 
 

@@ -1,41 +1,63 @@
-"""SIGINT and SIGTERM: finish the step, save once, say how to resume, exit with 75.
+"""SIGINT, SIGTERM and SIGUSR1: finish the step, save once, exit with *preempted* (75).
 
-While there is nothing to save (reading data, say) a signal ends the program at once. In
-the training loop it only sets a flag, which the loop looks at between steps and between
-evaluation batches. A second signal exits immediately; the last checkpoint stays whole.
+Until all processes have started there is nothing to save, and a signal ends this one at
+once; the others see that it said goodbye and follow. Afterwards a signal only sets a flag,
+which every step adds up over all processes (`sharding.flags`), so that they all stop at the
+same step. A second signal exits immediately; the last checkpoint stays whole.
+
+A thread reacts, not Python's handler: that one would wait for the main thread, which may sit
+in a collective that never ends.
 """
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 
-from demetar.errors import EXIT_INTERRUPTED, Interrupted
+from demetar.errors import EXIT_PREEMPTED
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """The state of the handler: `requested` is the name of the signal, or an empty string."""
+    """Whether this process was asked to stop: `requested` is a signal's name, or empty.
 
-    def __init__(self):
+    Args:
+      leave: called with a message to end the process at once, while nothing need be saved.
+    """
+
+    def __init__(self, leave: Callable[[str], None]):
         self.requested = ""
+        self._leave = leave
         self._deferred = False
+
+    def install(self) -> None:
+        """Handles the signals of this process from now on. Call it from the main thread."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda *_: None)
+        # The C handler writes the number at once, whatever the main thread is doing.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._react, args=(reader,), daemon=True, name="signals").start()
 
     def defer(self) -> None:
         """From now on a signal only sets `requested`; whoever calls this must look at it."""
         self._deferred = True
+        if self.requested:  # it came just before
+            self._leave(f"{self.requested} before the first step: there was nothing to save.")
 
-    def handle(self, number: int, frame) -> None:
-        name = signal.Signals(number).name
+    def _react(self, reader: int) -> None:
+        while True:
+            for number in os.read(reader, 16):
+                if number in _SIGNALS:
+                    self._handle(signal.Signals(number).name)
+
+    def _handle(self, name: str) -> None:
         if self.requested:
             os.write(2, f"\n{name} again: exiting at once.\n".encode())
-            os._exit(EXIT_INTERRUPTED)
+            os._exit(EXIT_PREEMPTED)
         self.requested = name
         if not self._deferred:
-            raise Interrupted(f"{name} before the first step: there was nothing to save.")
+            self._leave(f"{name} before the first step: there was nothing to save.")
         os.write(2, f"\n{name}: finishing the step and saving; once more exits at once.\n".encode())
-
-
-def install() -> Interruption:
-    """Handles SIGINT and SIGTERM of this process from now on."""
-    interruption = Interruption()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interruption.handle)
-    return interruption

@@ -3,7 +3,9 @@
     python -m demetar.main --config=configs/qm9.py[:variant] [--workdir=DIR] [--config.key=value]
 
 The config file is Python and is executed. The same command goes on with a run that was
-stopped. Exit codes: see `demetar.errors`.
+stopped. Exit codes: see `demetar.errors`. On a cluster the same command runs once for each
+process; SLURM, Open MPI, Kubernetes and TPUs are recognised, and three flags (or
+`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) say it where nothing else does.
 """
 
 import pathlib
@@ -12,12 +14,15 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from demetar import interrupt, runtime
+from demetar import cluster, runtime
 from demetar.errors import EXIT_USER_ERROR, exits_cleanly
 from demetar.train import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config>.")
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_COUNT = flags.DEFINE_integer("num_processes", None, "How many processes the job has.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "The number of this one, from 0.")
 
 
 def _default_workdir() -> pathlib.Path:
@@ -45,10 +50,12 @@ def _parse_flags(argv) -> list[str]:
 def _main(argv) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # what a person should see is said by writers.say
-    interruption = interrupt.install()
-    runtime.configure(_CONFIG.value)
+    config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir()
-    train_and_evaluate(_CONFIG.value, workdir, interruption)
+    place = cluster.find_place(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
+    with cluster.job(place, workdir, config.cluster) as job:
+        runtime.configure(config)
+        train_and_evaluate(config, workdir, job)
 
 
 if __name__ == "__main__":

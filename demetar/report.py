@@ -66,9 +66,9 @@ def plot_trajectories(file: pathlib.Path, outcome) -> None:
 
 def plot_learning_curves(file: pathlib.Path, workdir: pathlib.Path, outcome) -> None:
     """Training and validation error against the step, a panel per target."""
-    from demetar.writers import read_metrics
+    from demetar.writers import read_jsonl
 
-    lines = read_metrics(workdir / "metrics.jsonl")
+    lines = read_jsonl(workdir / "metrics.jsonl")
     targets = outcome.dataset.targets
     figure, axes = _figure(len(targets))
     for k, (target, axis) in enumerate(zip(targets, axes, strict=True)):

@@ -1,6 +1,7 @@
 """All that a step changes: step number, parameters, optimizer state, moving average."""
 
 import hashlib
+import json
 from typing import Any
 
 import flax.struct
@@ -42,7 +43,7 @@ def create_state(model, tx: optax.GradientTransformation, example: Graph, seed: 
 
 
 def params_sha256(params) -> str:
-    """SHA-256 over names, shapes, types and bytes of all parameters, in order of their path."""
+    """SHA-256 over names, shapes, types and bytes of all leaves, in order of their path."""
     digest = hashlib.sha256()
     for path, leaf in sorted(
         (jax.tree_util.keystr(path), leaf)
@@ -50,4 +51,12 @@ def params_sha256(params) -> str:
     ):
         array = np.asarray(leaf)
         digest.update(f"{path}:{array.shape}:{array.dtype.str};".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def state_sha256(state: TrainState, progress: dict) -> str:
+    """SHA-256 over all that a run is: the whole state, and `progress` but for the seconds."""
+    exact = {name: value for name, value in progress.items() if name != "train_seconds"}
+    digest = hashlib.sha256(params_sha256(state).encode())
+    digest.update(json.dumps(exact, sort_keys=True).encode())
     return digest.hexdigest()

@@ -16,7 +16,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +23,7 @@ from demetar import sharding
 from demetar.graph import Array, Graph
 from demetar.state import TrainState
 from demetar.task import TargetErrors, graph_errors
+from demetar.watch import Watch
 
 
 @flax.struct.dataclass
@@ -141,7 +141,10 @@ def make_train_step(
 
 
 def make_eval_step(model, mesh: Mesh, param_specs, metric: str) -> Callable:
-    """`(params, batch, stop) -> ((errors, stop), errors [B, T], predictions)`, no dropout."""
+    """`(params, batch, stop) -> ((errors, stop), errors [B, T], predictions)`, no dropout.
+
+    All of it whole on every device, so that any process can report.
+    """
 
     def evaluate(params, batch: Graph, stop_1: Array):
         params = sharding.gather_params(params, param_specs)
@@ -150,12 +153,11 @@ def make_eval_step(model, mesh: Mesh, param_specs, metric: str) -> Callable:
         error_BxT = graph_errors(metric, prediction, batch)
         errors = TargetErrors.from_model_output(error_BxT, batch.graph_mask)
         sums = jax.lax.psum((errors, stop_1.sum()), sharding.BATCH_AXES)
-        return sums, error_BxT, prediction
+        whole = lambda x: jax.lax.all_gather(x, sharding.BATCH_AXES, tiled=True)
+        return sums, whole(error_BxT), whole(prediction)
 
     rows = P(sharding.BATCH_AXES)
-    return _on_each_device(
-        evaluate, mesh, in_specs=(param_specs, rows, rows), out_specs=(P(), rows, rows)
-    )
+    return _on_each_device(evaluate, mesh, in_specs=(param_specs, rows, rows), out_specs=P())
 
 
 def _on_each_device(function, mesh: Mesh, *, in_specs, out_specs):
@@ -172,17 +174,27 @@ def _on_each_device(function, mesh: Mesh, *, in_specs, out_specs):
 
 
 class CompiledPerBucket:
-    """A jitted function compiled ahead of time for each bucket, never for another shape."""
+    """A jitted function compiled ahead of time for each bucket, never for another shape.
 
-    def __init__(self, jitted, num_buckets: int):
-        self._jitted = jitted
+    Args:
+      jitted: of `jax.jit`.
+      num_buckets: how many shapes there are.
+      watch: is told of compiling, which may take long.
+    """
+
+    def __init__(self, jitted, num_buckets: int, watch: Watch | None = None):
+        self._jitted, self._watch = jitted, watch
         self._compiled = [None] * num_buckets
         self.compile_seconds = 0.0
 
     def __call__(self, bucket: int, *args):
         if self._compiled[bucket] is None:
             start = time.perf_counter()
+            if self._watch is not None:
+                self._watch.phase("compile")
             self._compiled[bucket] = self._jitted.lower(*args).compile()
+            if self._watch is not None:
+                self._watch.phase("step")
             self.compile_seconds += time.perf_counter() - start
         # A compiled function refuses any other shape: nothing recompiles silently.
         return self._compiled[bucket](*args)

@@ -18,19 +18,23 @@ from data_pipelines.plan import BatchPlan
 from demetar import config as config_lib
 from demetar import report, sharding, writers
 from demetar.checkpoint import Checkpoints
-from demetar.errors import Interrupted, NonFiniteLoss, UserError
+from demetar.cluster import Job, code_sha256
+from demetar.errors import NonFiniteLoss, Preempted
 from demetar.evaluation import Evaluator, error_text, save_result
 from demetar.experiment import Experiment, build_experiment
-from demetar.interrupt import Interruption
 from demetar.optim import plateau_step
 from demetar.state import TrainState
 from demetar.step import CompiledPerBucket, StepSums, make_train_step
 from demetar.task import error_scale
+from demetar.watch import Watch
 from demetar.writers import say
 
 
-def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption) -> dict:
+def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     """Trains to `config.train.num_steps`, evaluates the best weights once on test.
+
+    All processes of `job` run it together and take every branch alike: what is neither in the
+    config nor in the state (a signal) is added up by the step before anyone acts on it.
 
     Returns:
       What `result.json` holds.
@@ -38,8 +42,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
     start_time = time.perf_counter()
 
     ### Data, mesh, model, optimizer: all that follows from the config alone.
+    job.watch.phase("data")
     experiment = build_experiment(config)
-    prepare_workdir(workdir, experiment.identity)
+    if job.is_main:
+        prepare_workdir(workdir, experiment.identity)
     if (workdir / "result.json").exists():
         say(f"The run in {workdir} is finished: see result.json. Nothing to do.")
         return report.read_json(workdir / "result.json")
@@ -50,12 +56,17 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
         config.data.batch_size,
         config.seed,
     )
-    train_step = compiled_train_step(experiment)
-    evaluator = Evaluator(experiment, interruption)
+    train_step = compiled_train_step(experiment, job.watch)
+    evaluator = Evaluator(experiment, job)
 
     ### State: restored from this workdir or, where there is nothing, created.
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep_last)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, job)
     first_step = checkpoints.latest_step() or 0
+    job.check_progress(first_step)
+    job.agree(
+        experiment.identity
+        | {"code": code_sha256(), "batch plan": plan.fingerprint(), "checkpoint": first_step}
+    )
     if checkpoints.latest_step() is None:
         state = experiment.create_state()
         progress = new_progress(len(experiment.dataset.targets))
@@ -64,33 +75,36 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
         progress = meta.pop("progress")
         config_lib.check_same_run(meta, experiment.identity, workdir)
         state = checkpoints.restore(first_step, experiment.abstract_state())
-    print_card(experiment, workdir, plan, state, first_step)
+    print_card(experiment, workdir, plan, state, first_step, job)
 
     ### The loop.
     num_steps = config.train.num_steps
     loop_start = time.perf_counter() - progress["train_seconds"]  # as if never stopped
-    write = writers.Writers(workdir, first_step, progress["last_eval_step"])
+    write = writers.Writers(workdir, first_step, progress["last_eval_step"], job.is_main)
+    identity_log = writers.IdentityLog(workdir, job.process) if config.log.identity else None
     pace = writers.Pace(first_step, num_steps)
+    rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
     train_iter = pipeline.batches(
         experiment.arrays,
         plan,
-        sharding.process_rows(experiment.mesh, config.data.batch_size),
+        rows,
         range(first_step, num_steps),
         config.data.prefetch_threads,
         config.data.prefetch_batches,
     )
     step, saved_step = first_step, first_step
+    stop = False  # the same on all processes
     pending: StepSums | None = None  # sums of the step before, still on the device
 
     def save():
         nonlocal saved_step
+        job.watch.phase("save", step)
         progress["train_seconds"] = time.perf_counter() - loop_start
         checkpoints.save(state, experiment.identity | {"progress": progress})
         saved_step = step
 
-    interruption.defer()
     while True:
-        stop = bool(interruption.requested)  # read once: what follows must agree on it
+        stop = stop or 0 < config.checkpoint.stop_at == step
         # The host reads the sums of step k after step k + 1 is dispatched; before it
         # evaluates, saves or logs it must have them all.
         evaluates = step > progress["last_eval_step"] and (
@@ -100,6 +114,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
         logs = step > first_step and (step % config.log.every_steps == 0 or step == num_steps)
         if pending is not None and (evaluates or saves or logs or stop):
             pace.add(accumulate(progress, pending, experiment, plan, step))
+            stop = stop or bool(pending.stop)
             pending = None
         if logs:
             log_train(write, progress, pace, experiment, step)
@@ -111,13 +126,19 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
             save()
         elif saves or ((stop or evaluates) and step > saved_step):
             save()
-        if stop or (evaluates and score is None) or step == num_steps:
+        stop = stop or (evaluates and score is None)
+        if stop or step == num_steps:
             break
 
+        job.watch.phase("batch", step)
         bucket, graphs = next(train_iter)
         batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size)
+        if identity_log is not None:
+            identity_log.write(step + 1, rows[graphs.graph_mask], graphs.index[graphs.graph_mask])
+        job.watch.phase("step")
+        asked = sharding.flags(experiment.mesh, bool(job.interruption.requested))
         lr_scale = np.float32(progress["lr_scale"])
-        state, sums = train_step(bucket, state, batch, lr_scale)
+        state, sums = train_step(bucket, state, batch, asked, lr_scale)
         step += 1
         if step == first_step + 1:
             jax.block_until_ready(sums)
@@ -127,14 +148,16 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
             )
         if pending is not None:
             pace.add(accumulate(progress, pending, experiment, plan, step - 1))
+            stop = bool(pending.stop)
         pending = sums
         checkpoints.poll()
 
     ### The end.
+    job.watch.phase("save", step)
     checkpoints.wait()
     write.close()
     result = {}
-    if not interruption.requested:
+    if not stop:
         best_step = checkpoints.best_step()
         best = checkpoints.restore(best_step, experiment.abstract_state())
         result = save_result(
@@ -142,15 +165,15 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
             evaluator,
             ema=best.ema,
             step=best_step,
-            final_params=state.params,
+            state=state,
             identity=experiment.identity,
             progress=progress,
         )
     checkpoints.close()
-    if interruption.requested and not result:
-        raise Interrupted(
-            f"Stopped by {interruption.requested} after step {step} of {num_steps}, saved in "
-            f"{workdir}."
+    if not result:
+        raise Preempted(
+            f"Stopped by {job.interruption.requested or 'another process or stop_at'} after step "
+            f"{step} of {num_steps}, saved in {workdir}."
         )
     return result
 
@@ -159,22 +182,16 @@ def train_and_evaluate(config, workdir: pathlib.Path, interruption: Interruption
 
 
 def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
-    """Creates the folder and its config.json; refuses one of another run or unwritable."""
+    """Writes config.json; refuses the folder of another run."""
     file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
-        if file.exists() and started:
-            config_lib.check_same_run(report.read_json(file), identity, workdir)
-        else:
-            writers.write_json(file, identity)
-    except OSError as error:
-        raise UserError(
-            f"The workdir {workdir} cannot be written: {error}. Choose another --workdir."
-        ) from error
+    started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
+    if file.exists() and started:
+        config_lib.check_same_run(report.read_json(file), identity, workdir)
+    else:
+        writers.write_json(file, identity)
 
 
-def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
+def compiled_train_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
     """The train step, compiled once per bucket: state donated, shardings fixed."""
     config, mesh = experiment.config, experiment.mesh
     specs = experiment.state_specs
@@ -198,7 +215,7 @@ def compiled_train_step(experiment: Experiment) -> CompiledPerBucket:
         in_shardings=(state, split, split, everywhere),
         out_shardings=(state, sums),
     )
-    return CompiledPerBucket(jitted, len(experiment.dataset.buckets))
+    return CompiledPerBucket(jitted, len(experiment.dataset.buckets), watch)
 
 
 def new_progress(num_targets: int) -> dict:
@@ -298,14 +315,19 @@ def evaluate(evaluator: Evaluator, state: TrainState, step: int, progress: dict,
 
 
 def print_card(
-    experiment: Experiment, workdir: pathlib.Path, plan: BatchPlan, state: TrainState, step: int
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    plan: BatchPlan,
+    state: TrainState,
+    step: int,
+    job: Job,
 ) -> None:
     """What runs, on what, from what: once, at the start."""
     config, mesh, dataset = experiment.config, experiment.mesh, experiment.dataset
     device = jax.devices()[0].device_kind
     rows = {
-        "devices": f"{jax.device_count()} x {device}, {jax.process_count()} process(es), "
-        f"mesh {dict(mesh.shape)}",
+        "devices": f"{jax.device_count()} x {device}, mesh {dict(mesh.shape)}",
+        "processes": f"{job.count}, placed by {job.source}",
         **dataset.about,
         "targets": ", ".join(f"{t.name} [{t.unit}]" for t in dataset.targets),
         "split": f"{dataset.split_name}: "

@@ -6,6 +6,7 @@ step stands there once.
 """
 
 import json
+import logging
 import os
 import pathlib
 import sys
@@ -21,31 +22,35 @@ def write_json(file: pathlib.Path, content) -> None:
     os.replace(unfinished, file)
 
 
-def read_metrics(file: pathlib.Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line cut off by a kill is left out."""
+def read_jsonl(file: pathlib.Path) -> list[dict]:
+    """The lines of a file of JSON lines; a line cut off by a kill is left out."""
     lines = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             lines.append(json.loads(line))
         except ValueError:
-            break
+            continue
     return lines
 
 
 class Writers:
-    """Writes metrics to `metrics.jsonl`, event files and the screen.
+    """Writes metrics to `metrics.jsonl` and event files, on process 0; elsewhere nothing.
 
     Args:
       workdir: of the run.
       step: from which the run goes on.
       last_eval_step: evaluations up to this step are kept.
+      is_main: whether this is process 0.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, last_eval_step: int):
+    def __init__(self, workdir: pathlib.Path, step: int, last_eval_step: int, is_main: bool):
+        self._is_main = is_main
+        if not is_main:
+            return
         self._file = workdir / "metrics.jsonl"
         keep = [
             line
-            for line in read_metrics(self._file)
+            for line in read_jsonl(self._file)
             if line["step"] <= (step if line["split"] == "train" else last_eval_step)
         ]
         unfinished = self._file.with_name(".metrics.jsonl.tmp")
@@ -56,19 +61,91 @@ class Writers:
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one point of each curve."""
+        if not self._is_main:
+            return
         self._stream.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 
     def close(self) -> None:
-        self._stream.close()
-        self._events.close()
+        if self._is_main:
+            self._stream.close()
+            self._events.close()
+
+
+class IdentityLog:
+    """Which graphs this process computed in which step: proof that a resume repeats none.
+
+    Lines `{"step", "rows", "index"}` in `identity/<process>.jsonl`; rows of the global batch.
+    """
+
+    def __init__(self, workdir: pathlib.Path, process: int):
+        folder = workdir / "identity"
+        folder.mkdir(exist_ok=True)
+        self._stream = (folder / f"{process}.jsonl").open("a")
+        self._stream.write("\n")  # after a line that a kill cut off
+
+    def write(self, step: int, rows, index) -> None:
+        line = {"step": step, "rows": rows.tolist(), "index": index.tolist()}
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+
+def read_identity(workdir: pathlib.Path) -> dict[int, list[int]]:
+    """Step -> numbers of its graphs in the order of the rows, over all processes and attempts.
+
+    A step that ran again must have had the same graphs in the same rows.
+    """
+    steps: dict[int, dict[int, int]] = {}
+    for file in (workdir / "identity").glob("*.jsonl"):
+        for line in read_jsonl(file):
+            step = steps.setdefault(line["step"], {})
+            for row, index in zip(line["rows"], line["index"], strict=True):
+                if step.setdefault(row, index) != index:
+                    raise ValueError(
+                        f"{workdir}: step {line['step']}, row {row} was graph {step[row]} in one "
+                        f"attempt and {index} in another."
+                    )
+    return {step: [rows[r] for r in sorted(rows)] for step, rows in sorted(steps.items())}
+
+
+_logger = logging.getLogger("demetar")
+
+
+def open_log(workdir: pathlib.Path, process: int, count: int) -> None:
+    """From now on `say` and `complain` also write this process's `logs/process-<n>.log`.
+
+    Process 0 speaks on the screen too; the others only complain there, with their number.
+    """
+    for handler in list(_logger.handlers):
+        _logger.removeHandler(handler)
+    _logger.propagate = False
+    _logger.setLevel(logging.INFO)
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(logging.INFO if process == 0 else logging.ERROR)
+    who = f"[process {process} of {count}] " if process else ""
+    screen.setFormatter(logging.Formatter(f"{who}%(message)s"))
+    file = logging.FileHandler(workdir / "logs" / f"process-{process}.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    _logger.addHandler(screen)
+    _logger.addHandler(file)
 
 
 def say(text: str) -> None:
     """A line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
+    if _logger.handlers:
+        _logger.info(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def complain(text: str) -> None:
+    """A line that a person must see, whatever process it comes from."""
+    if _logger.handlers:
+        _logger.error(text)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,445 @@
+"""The processes of a job: how each finds its place, how they start, agree and end together.
+
+The only module that knows `jax.distributed`. A job of one process is the same code with
+nobody to wait for.
+
+    with cluster.job(...) as job:       finds its place, joins the others, watches them
+        ... data, model ...
+        job.agree(facts)                all have the same config, code, data, plan, checkpoint
+        ... training; job.interruption.requested, job.watch.phase(...) ...
+                                        leaves with everyone, or says why not
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+
+import jax
+import ml_collections
+from jax._src import distributed  # its key-value store and barriers have no public name
+
+from demetar import writers
+from demetar.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_LOST,
+    EXIT_NO_PROGRESS,
+    EXIT_PREEMPTED,
+    NoProgress,
+    Preempted,
+    UserError,
+)
+from demetar.interrupt import Interruption
+from demetar.watch import Watch
+
+_MAX_FAILURES = 3  # at one step
+_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where this process stands.
+
+    Attributes:
+      source: what said so, for a person.
+      process: its number; None where only JAX can tell (TPU).
+      count: of all processes; None likewise.
+      coordinator: `host:port`; None where JAX finds it.
+      method: name of JAX's cluster detection, or `deactivate`.
+    """
+
+    source: str
+    process: int | None = 0
+    count: int | None = 1
+    coordinator: str | None = None
+    method: str | None = "deactivate"
+
+
+def find_place(coordinator, count, process, environ: Mapping[str, str] = os.environ) -> Place:
+    """The flags, else the environment of that name, else what a cluster manager set, else alone."""
+    for names, values in (
+        (_FLAGS, (coordinator, count, process)),
+        (_ENVIRONMENT, [environ.get(name) or None for name in _ENVIRONMENT]),
+    ):
+        given = [name for name, value in zip(names, values, strict=True) if value is not None]
+        if len(given) == 3:
+            return _explicit(names, *values)
+        # JAX's own variable for the address alone is meant for detection: not an error.
+        if given and given != ["JAX_COORDINATOR_ADDRESS"]:
+            missing = [name for name in names if name not in given]
+            raise UserError(
+                f"{', '.join(given)} without {', '.join(missing)}: give all three, or none to "
+                "detect the cluster."
+            )
+    numbers = lambda *names: tuple(int(environ[name]) for name in names)
+    if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= environ.keys():
+        process, count = numbers("SLURM_PROCID", "SLURM_NTASKS")
+        return _managed(f"SLURM job {environ['SLURM_JOB_ID']}", process, count, "slurm")
+    if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= environ.keys():
+        process, count = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+        return _managed("Open MPI", process, count, "ompi")
+    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
+        if importlib.util.find_spec("kubernetes") is None:
+            raise UserError(
+                "This is a pod of an Indexed Job, but the others cannot be looked up: install "
+                f"jax[k8s], or set {', '.join(_ENVIRONMENT)} as launch/jobset.yaml does."
+            )
+        return Place("Kubernetes", None, None, method="k8s")
+    hosts = environ.get("TPU_WORKER_HOSTNAMES") or environ.get("TPU_PROCESS_ADDRESSES") or ""
+    on_tpu = importlib.util.find_spec("libtpu") and (
+        glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
+    )
+    if "," in hosts or (on_tpu and "TPU_SKIP_MDS_QUERY" not in environ):
+        return Place("TPU", None, None, method=None)
+    return Place("one process")
+
+
+def _explicit(names, coordinator, count, process) -> Place:
+    try:
+        count, process = int(count), int(process)
+    except ValueError as error:
+        raise UserError(f"{names[1]} and {names[2]} must be whole numbers: {error}.") from error
+    if not 0 <= process < count:
+        raise UserError(
+            f"{names[2]} is {process}, but {names[1]} is {count}: the processes are numbered "
+            f"0 to {count - 1}."
+        )
+    host, _, port = str(coordinator).rpartition(":")
+    if not (host and port.isdigit()):
+        raise UserError(f"{names[0]} is {coordinator!r}; it must be host:port, as node1:29400.")
+    source = "flags" if names is _FLAGS else "environment"
+    return Place(source, process, count, coordinator if count > 1 else None)
+
+
+def _managed(name: str, process: int, count: int, method: str) -> Place:
+    return Place(name, process, count, method=method) if count > 1 else Place(f"{name}, one task")
+
+
+class Job:
+    """One process's part in a job.
+
+    Attributes:
+      process: number of this one.
+      count: of all.
+      source: what said so.
+      interruption: whether this process was asked to stop.
+      watch: tells the others what this one does.
+      attempt: name of this start, the same on all processes.
+    """
+
+    def __init__(self, place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict):
+        self._workdir = workdir
+        self._seconds = config.start_seconds
+        self.source = place.source
+        self.attempt = f"{time.time_ns()}"
+        self.watch: Watch | None = None
+        self.interruption = Interruption(self._leave_at_once)
+        self.interruption.install()
+        if place.process is None:  # only JAX can tell who we are
+            self._initialize(place, config)
+            state = distributed.global_state
+            place = dataclasses.replace(place, process=state.process_id, count=state.num_processes)
+        self.process, self.count = place.process, place.count
+        self.watch = Watch(
+            workdir, self.process, self.count, config.lost_seconds, config.stuck_seconds
+        )
+        writers.open_log(workdir, self.process, self.count)
+        if self.count == 1:
+            return
+        _on_abort(self._coordinator_gone)
+        if not jax.distributed.is_initialized():
+            self._initialize(place, config)
+        self._check_workdir()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which alone writes what is shared."""
+        return self.process == 0
+
+    # --- starting -------------------------------------------------------------------------------
+
+    def _initialize(self, place: Place, config) -> None:
+        if place.process == 0 and place.coordinator:
+            _check_port(place.coordinator)
+        # It would take SIGTERM for itself; our steps agree on stopping, whatever the signal.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.process,
+            cluster_detection_method=place.method,
+            initialization_timeout=config.start_seconds,
+            # Ours names the process: it should be the first to speak.
+            heartbeat_timeout_seconds=int(config.lost_seconds * 1.5) + 5,
+            shutdown_timeout_seconds=10,
+        )
+
+    def _check_workdir(self) -> None:
+        """All must see one folder: checkpoints are written together, and heartbeats read."""
+        if self.is_main:
+            self._client.key_value_set("demetar/attempt", self.attempt)
+            self._client.key_value_set("demetar/workdir", f"{self._workdir.absolute()}")
+        self.attempt = self._get("demetar/attempt", 0)
+        token = self._workdir / "processes" / f"attempt-{self.attempt}"
+        if self.is_main:
+            for old in token.parent.glob("attempt-*"):
+                old.unlink(missing_ok=True)
+            token.touch()
+            self._client.key_value_set("demetar/token", "written")
+        self._get("demetar/token", 0)
+        deadline = time.monotonic() + 30  # shared filesystems show new files late
+        while not token.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"The workdir {self._workdir.absolute()} on host {socket.gethostname()} is "
+                    f"not the folder {self._get('demetar/workdir', 0)} of process 0: all "
+                    "processes need one --workdir on a shared filesystem."
+                )
+            list(token.parent.iterdir())  # makes NFS look again
+            time.sleep(0.2)
+        self.barrier("workdir")
+        self.watch.all_started()
+
+    def agree(self, facts: dict) -> None:
+        """Compares `facts` over all processes, and names the odd one out.
+
+        Afterwards a signal no longer ends a process by itself: all stop together.
+
+        Args:
+          facts: name -> JSON; config, code version, data passport, batch plan.
+        """
+        if self.count > 1:
+            self.watch.phase("data", self.watch.step)  # others may still prepare theirs
+            self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
+            if self.is_main:
+                told = [json.loads(self._get(f"demetar/facts/{n}", n)) for n in range(self.count)]
+                self._client.key_value_set("demetar/verdict", _odd_one_out(told))
+            verdict = self._get("demetar/verdict", 0)
+            if verdict:
+                raise UserError(verdict)
+        self.interruption.defer()
+
+    @property
+    def _client(self):
+        return distributed.global_state.client
+
+    def _get(self, key: str, process: int) -> str:
+        """What `process` says under `key`; the watch ends the wait if that one is lost."""
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, 2_000)
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    def barrier(self, name: str) -> None:
+        """Returns when all processes have come here."""
+        if self.count > 1:
+            self._client.wait_at_barrier(f"demetar/{name}", self._seconds * 1_000)
+
+    def finish(self, how: str, code: int) -> None:
+        """Leaves together: no process says that it is done before all are."""
+        self.watch.phase("report")
+        self.barrier(f"end-{how}")
+        self.watch.end(how, code)
+        if self.count > 1:
+            if self.is_main:
+                self.watch.wait_to_be_heard()  # the others disconnect before the coordinator goes
+            jax.distributed.shutdown()
+
+    def fail(self, error: BaseException) -> int:
+        """Says why, counts it, and tells the others; returns the exit code.
+
+        An error that may come from a process that is gone waits until the watch could tell.
+        """
+        if not isinstance(error, UserError) and self.count > 1 and _may_be_a_lost_process(error):
+            self.watch.wait_for_verdict()
+        if isinstance(error, UserError):
+            writers.complain(f"error: {error}")
+            code = error.exit_code
+        else:
+            writers.complain("".join(traceback.format_exception(error)))
+            code = EXIT_FAILED
+        if code == EXIT_FAILED:
+            code = self._count_failure(error)
+        self.watch.end(f"{type(error).__name__}: {error}", code)
+        self.watch.wait_to_be_heard()
+        return code
+
+    def check_progress(self, step: int) -> None:
+        """Refuses to try a step again at which the run has failed by itself three times.
+
+        Being killed, lost or preempted never counts: a process that is killed writes nothing.
+        """
+        failures = self._failures()
+        for failed_at in {line["step"] for line in failures if line["step"] >= step}:
+            errors = {x["attempt"]: x["error"] for x in failures if x["step"] == failed_at}
+            if len(errors) >= _MAX_FAILURES:
+                raise NoProgress(
+                    f"This run has failed {len(errors)} times at step {failed_at}, at last with: "
+                    f"{list(errors.values())[-1]} To try again nevertheless, delete "
+                    f"{self._workdir / 'failures.jsonl'}."
+                )
+
+    def _failures(self) -> list[dict]:
+        return writers.read_jsonl(self._workdir / "failures.jsonl")
+
+    def _count_failure(self, error: BaseException) -> int:
+        line = {"attempt": self.attempt, "process": self.process, "step": self.watch.step}
+        line |= {"error": f"{type(error).__name__}: {error}"[:500]}
+        try:
+            with (self._workdir / "failures.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError:
+            return EXIT_FAILED
+        attempts = {x["attempt"] for x in self._failures() if x["step"] == self.watch.step}
+        return EXIT_FAILED if len(attempts) < _MAX_FAILURES else EXIT_NO_PROGRESS
+
+    def _leave_at_once(self, message: str) -> None:
+        writers.complain(f"{message} The same command goes on from there.")
+        if self.watch is not None:
+            self.watch.end("preempted", EXIT_PREEMPTED)
+            self.watch.wait_to_be_heard()
+        os._exit(EXIT_PREEMPTED)
+
+    def _coordinator_gone(self) -> None:
+        """Called instead of abort(), which is how JAX ends a process without its coordinator."""
+        time.sleep(1)  # its last word, if it had one, may be on its way
+        missing = self.watch.missing()
+        if missing and not self.watch.started:
+            lost = (
+                f"Waited {self._seconds} s (config.cluster.start_seconds) for all {self.count} "
+                f"processes; missing: {', '.join(map(str, missing))}. Look at their logs, or at "
+                "the coordinator's address."
+            )
+        elif self.is_main:
+            lost = "JAX ended this process; its message above says why."
+        else:
+            lost = f"Process 0 of {self.count}, the coordinator, is lost, or JAX says why above."
+        self.watch.leave(*self.watch.explain(lost))
+
+
+@contextlib.contextmanager
+def job(place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict) -> Iterator[Job]:
+    """Joins a job, and leaves it with the exit code that the end deserves.
+
+    Args:
+      place: of `find_place`.
+      workdir: of the run, shared by all processes.
+      config: the group `cluster`.
+    """
+    joined = None
+    try:
+        joined = Job(place, workdir, config)
+        yield joined
+        joined.finish("done", EXIT_DONE)
+        return
+    except Preempted as stop:
+        writers.say(f"{stop} The same command goes on from there.")
+        joined.finish("preempted", EXIT_PREEMPTED)
+        code = EXIT_PREEMPTED
+    except BaseException as error:
+        if joined is None:
+            raise
+        code = joined.fail(error)
+    if joined.count == 1:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # sys.exit would wait in a barrier of JAX for those that are gone
+
+
+def code_sha256() -> str:
+    """SHA-256 over the sources of both packages: processes must run the same code."""
+    root = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256(jax.__version__.encode())
+    for package in ("demetar", "data_pipelines"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _odd_one_out(told: list[dict]) -> str:
+    """What to say about processes whose facts differ from those of most; empty if none does."""
+    for name in told[0]:
+        values = [json.dumps(facts[name], sort_keys=True) for facts in told]
+        most = max(values, key=values.count)
+        odd = [n for n, value in enumerate(values) if value != most]
+        if odd:
+            first = odd[0]
+            usual = next(n for n, value in enumerate(values) if value == most)
+            differences = _differences(told[first][name], told[usual][name])
+            return (
+                f"Process {', '.join(map(str, odd))} of {len(told)} differs from the others in its "
+                f"{name}: {differences}. All processes must run one command, one version, on the "
+                "same data."
+            )
+    return ""
+
+
+def _differences(odd, usual, prefix: str = "") -> str:
+    if isinstance(odd, dict) and isinstance(usual, dict):
+        keys = [k for k in odd.keys() | usual.keys() if odd.get(k) != usual.get(k)]
+        return "; ".join(
+            _differences(odd.get(k), usual.get(k), f"{prefix}.{k}" if prefix else k)
+            for k in sorted(keys)
+        )
+    return f"{prefix} {odd!r}, elsewhere {usual!r}" if prefix else f"{odd!r}, elsewhere {usual!r}"
+
+
+def _check_port(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"The port of --coordinator_address {coordinator} cannot be used here: "
+                f"{error.strerror}. Choose another, the same for all processes."
+            ) from error
+
+
+def _may_be_a_lost_process(error: BaseException) -> bool:
+    text = str(error).lower()
+    return any(
+        word in text
+        for word in ("gloo", "nccl", "peer", "connection", "unavailable", "barrier", "heartbeat")
+    )
+
+
+_handlers = []  # ctypes does not hold them
+
+
+def _on_abort(handler) -> None:
+    """Calls `handler` where a library calls abort(): JAX does, when the coordinator is gone.
+
+    In the thread that aborts, which is not inside Python. `handler` must end the process.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handle(number):
+        try:
+            handler()
+        finally:
+            os._exit(EXIT_LOST)
+
+    _handlers.append(handle)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p))
