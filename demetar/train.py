@@ -171,10 +171,11 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         )
     checkpoints.close()
     if not result:
-        raise Preempted(
-            f"Stopped by {job.interruption.requested or 'another process or stop_at'} after step "
-            f"{step} of {num_steps}, saved in {workdir}."
-        )
+        if config.checkpoint.stop_at == step:
+            why = f"config.checkpoint.stop_at={step}"
+        else:
+            why = job.interruption.requested or "a signal to another process"
+        raise Preempted(f"Stopped by {why} after step {step} of {num_steps}, saved in {workdir}.")
     return result
 
 

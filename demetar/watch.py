@@ -205,7 +205,7 @@ class Watch:
             if "ended" in peer.facts:
                 if peer.seen and peer.facts["code"] != EXIT_DONE and silent > _GRACE_SECONDS:
                     self.leave(self._about_ended(number, peer), peer.facts["code"])
-            elif self.started and silent > self._lost_seconds:
+            elif (self.started or peer.seen) and silent > self._lost_seconds:
                 self.leave(f"{self._about(number, peer)} is lost: silent for {silent:.0f} s.")
         own = {"phase": self._phase, "step": self._step}
         everyone = {self._process: own} | {n: p.facts for n, p in self._peers.items()}
