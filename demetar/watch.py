@@ -75,6 +75,7 @@ class Watch:
         self._progress, self._progress_at = None, time.monotonic()
         self._lock = threading.Lock()
         self._file = self._own_file()
+        self._read_peers()  # what an earlier start left: whatever changes from now on is alive
         self._stacks = (workdir / "logs" / f"process-{process}.log").open("a")
         faulthandler.enable(self._stacks)
         self._beat()

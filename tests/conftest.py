@@ -56,13 +56,17 @@ def dataset(cache_dir):
     )
 
 
-def load_config(name, arg):
-    """The config of `configs/<name>.py:<arg>`."""
-    file = REPOSITORY / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_config", file)
+def load_module(file):
+    """A Python file outside of any package."""
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(arg)
+    return module
+
+
+def load_config(name, arg):
+    """The config of `configs/<name>.py:<arg>`."""
+    return load_module(REPOSITORY / "configs" / f"{name}.py").get_config(arg)
 
 
 # A model so small that compiling it is most of a run.

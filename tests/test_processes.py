@@ -1,0 +1,329 @@
+"""Jobs of several real processes over gloo: elastic resume, faults, signals, disagreement."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY, load_module
+
+from demetar import cluster
+from demetar.errors import EXIT_LOST, UserError
+from demetar.local import LocalJob, exit_code_of
+from demetar.verify_resume import compare, latest_step, logged_step
+from demetar.writers import read_identity, read_jsonl
+
+
+@pytest.fixture
+def start(cache_dir, monkeypatch):
+    """Starts a job of `count` processes on the tiny model; kills what a test leaves."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    jobs = []
+
+    def start(workdir, count=2, *more, fault=None):
+        if fault:
+            monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "faults"))
+            monkeypatch.setenv("DEMETAR_FAULT", fault)
+        else:
+            monkeypatch.delenv("DEMETAR_FAULT", raising=False)
+        arguments = [
+            f"--workdir={workdir}",
+            f"--config={REPOSITORY}/configs/qm9.py:smoke",
+            f"--config.data.cache_dir={cache_dir}",
+            *TINY["qm9.py:smoke"],
+            "--config.mesh.cpu_devices=1",
+            "--config.log.identity=True",
+            "--config.cluster.lost_seconds=5",
+            "--config.cluster.stuck_seconds=8",
+        ]
+        jobs.append(LocalJob([*arguments, *more], count, quiet=True))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.signal(signal.SIGKILL)
+
+
+def run(job, code=0):
+    found = job.wait()
+    said = "".join(job.tail(n) for n in range(len(job.processes)))
+    assert found == code, said
+    return said
+
+
+def log_of(workdir, process):
+    return (workdir / "logs" / f"process-{process}.log").read_text()
+
+
+def codes(job):
+    return [p.returncode for p in job.processes]
+
+
+# --- the same run on any number of processes and devices -----------------------------------------
+
+ELASTIC = load_module(REPOSITORY / "benchmarks" / "elastic.py")
+
+
+def check_same_run(first, second, step, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        found = compare(first, second, step)
+    assert found.is_good(same_topology=False), found
+    return found
+
+
+def test_one_run_on_four_topologies(start, tmp_path):
+    """1x1 -> 1x8 -> 2x2 -> 4x1, ten steps each, in float64, with another mesh each time."""
+    same = ["--config.model.dtype=float64"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    run(start(whole, 1, *same))
+    for stop_at, name in zip((10, 20, 30, 0), ELASTIC.TOPOLOGIES, strict=True):
+        axes, count = ELASTIC.arguments_on(name)
+        flags = [*same, *axes, f"--config.checkpoint.stop_at={stop_at}"]
+        run(start(moved, count, *flags), code=75 if stop_at else 0)
+    check_same_run(whole, moved, 40, "float64")
+    assert read_identity(moved) == read_identity(whole)
+    first, second = (json.loads((w / "result.json").read_text()) for w in (whole, moved))
+    assert second["count"] == 50 and second["processes"] == 4
+    np.testing.assert_allclose(
+        second["targets"]["homo"]["mae"], first["targets"]["homo"]["mae"], rtol=1e-10
+    )
+    rows = [
+        line["rows"]
+        for p in range(4)
+        for line in read_jsonl(moved / f"identity/{p}.jsonl")
+        if line["step"] == 40
+    ]
+    assert sorted(sum(rows, [])) == sorted(set(sum(rows, [])))  # no process loads another's rows
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(3600)
+def test_the_whole_matrix(tmp_path):
+    """Saved on each topology, resumed on each; about 15 minutes on two cores."""
+    command = [sys.executable, ELASTIC.__file__, f"--json={tmp_path / 'matrix.json'}"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+    assert len(json.loads((tmp_path / "matrix.json").read_text())["rows"]) == 32
+
+
+# --- processes that are lost, stopped, hang or fail ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "victim, name, says",
+    [
+        (1, "SIGKILL", "Process 1 of 2"),
+        (0, "SIGKILL", "Process 0 of 2"),
+        (1, "SIGSTOP", "Process 1 of 2"),
+    ],
+)
+def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, name, says):
+    job = start(tmp_path, fault=f"{victim}:batch:7:{name}")
+    other = job.processes[1 - victim]
+    while logged_step(tmp_path) < 6:
+        assert other.poll() is None
+        time.sleep(0.05)
+    began = time.monotonic()
+    assert other.wait(timeout=60) == EXIT_LOST
+    assert time.monotonic() - began < 20
+    job.signal(signal.SIGKILL)
+    assert job.wait() == EXIT_LOST
+    said = log_of(tmp_path, 1 - victim)
+    assert says in said and "lost" in said
+    assert "Thread" in said  # its stacks
+    assert not (tmp_path / "failures.jsonl").exists()  # being killed is no failure
+
+
+@pytest.mark.parametrize("action", ["sleep", "hold"])
+def test_a_process_that_hangs_is_found(start, tmp_path, action):
+    job = start(tmp_path, fault=f"1:batch:7:{action}")
+    assert job.wait() in (EXIT_LOST, 1)
+    assert codes(job)[0] == EXIT_LOST
+    said = log_of(tmp_path, 0)
+    assert "process 1 is stuck" in said if action == "sleep" else "Process 1 of 2" in said
+    assert "sitecustomize.py" in log_of(tmp_path, 1)  # its stacks show where
+
+
+def test_an_exception_in_one_process_ends_all_and_three_are_enough(start, tmp_path):
+    for attempt, code in ((1, 1), (2, 1), (3, 78)):
+        job = start(tmp_path, fault="1:batch:7:raise")
+        said = run(job, code)
+        assert codes(job) == [code, code], said
+        assert "Process 1 of 2" in log_of(tmp_path, 0)
+        assert "a bug in the loader" in log_of(tmp_path, 0)
+        assert len(read_jsonl(tmp_path / "failures.jsonl")) == attempt
+    said = run(start(tmp_path), 78)
+    assert "failed 3 times at step 7" in said and "failures.jsonl" in said
+    (tmp_path / "failures.jsonl").unlink()
+    run(start(tmp_path))
+
+
+# --- signals ----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(400)
+def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
+    """Each phase in turn on one run; at the end it is the run that nobody disturbed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(start(whole))
+    for process, phase, step, name in (
+        (1, "data", 0, "SIGTERM"),
+        (0, "compile", 0, "SIGUSR1"),
+        (1, "step", 8, "SIGTERM"),
+        (1, "evaluation of validation", 20, "SIGINT"),
+        (0, "save", 30, "SIGTERM"),
+        (1, "evaluation of test", 40, "SIGUSR1"),
+    ):
+        before = latest_step(broken)
+        job = start(broken, fault=f"{process}:{phase}:{step}:{name}")
+        said = run(job, code=75)
+        assert codes(job) == [75, 75], said
+        assert "Traceback" not in said and not (broken / "result.json").exists()
+        if phase == "data":
+            assert latest_step(broken) == 0
+        else:
+            assert latest_step(broken) > before or before == 40
+            assert f"after step {latest_step(broken)} of 40" in log_of(broken, 0)
+    run(start(broken))
+    first, second = (json.loads((w / "result.json").read_text()) for w in (whole, broken))
+    assert second["state_sha256"] == first["state_sha256"]
+    assert second["targets"] == first["targets"]
+    assert read_identity(broken) == read_identity(whole)
+    assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(start, tmp_path):
+    job = start(tmp_path, 1, "--config.train.num_steps=4000", "--config.train.eval_every=2000")
+    while latest_step(tmp_path) < 5:
+        time.sleep(0.02)
+    job.signal(signal.SIGSTOP)
+    job.signal(signal.SIGTERM)
+    job.signal(signal.SIGINT)
+    job.signal(signal.SIGCONT)
+    assert job.wait() == 75
+    assert "exiting at once" in job.tail(0)
+    step = latest_step(tmp_path)
+    run(start(tmp_path, 1, "--config.train.num_steps=4000", "--config.train.eval_every=2000",
+              f"--config.checkpoint.stop_at={step + 5}"), code=75)  # fmt: skip
+
+
+# --- starting -----------------------------------------------------------------------------------
+
+
+def test_a_process_with_another_config_is_named(start, tmp_path, cache_dir):
+    port = free_port()
+    place = lambda n: [
+        f"--coordinator_address=localhost:{port}",
+        "--num_processes=2",
+        f"--process_id={n}",
+    ]  # noqa: E501
+    jobs = [
+        start(tmp_path, 1, *place(n), f"--config.optim.learning_rate={1e-3 * (n + 1)}")
+        for n in (0, 1)
+    ]
+    assert [job.wait() for job in jobs] == [2, 2]
+    said = log_of(tmp_path, 0) + log_of(tmp_path, 1)
+    assert "Process 1 of 2 differs from the others in its config: optim.learning_rate 0.002" in said
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_process_that_never_comes_is_named(start, tmp_path):
+    flags = [
+        f"--coordinator_address=localhost:{free_port()}",
+        "--num_processes=3",
+        "--process_id=0",
+    ]
+    job = start(tmp_path, 1, *flags, "--config.cluster.start_seconds=6")
+    said = run(job, EXIT_LOST)
+    assert "Waited 6 s" in said and "missing: 1, 2" in said
+
+
+def test_a_second_job_in_one_workdir_is_refused(start, tmp_path):
+    job = start(tmp_path, 1, "--config.train.num_steps=4000", "--config.train.eval_every=2000")
+    while logged_step(tmp_path) < 1:
+        time.sleep(0.05)
+    said = run(start(tmp_path, 1), code=2)
+    assert f"process {job.processes[0].pid} on host {socket.gethostname()}" in said
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+# --- pieces -------------------------------------------------------------------------------------
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+}
+
+
+@pytest.mark.parametrize(
+    "environ, source, process, count",
+    [
+        ({}, "one process", 0, 1),
+        (SLURM, "SLURM job 7", 3, 8),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "SLURM job 7, one task", 0, 1),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, "one process", 0, 1),  # a shell, not a step
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI", 1, 2),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "TPU", None, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "one process", 0, 1),  # any pod has it
+        (
+            SLURM
+            | {
+                "JAX_COORDINATOR_ADDRESS": "h:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+            },
+            "environment",
+            1,
+            2,
+        ),
+        ({"JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": ""}, "one process", 0, 1),  # set, but empty
+    ],
+)
+def test_place_of_a_process(environ, source, process, count):
+    place = cluster.find_place(None, None, None, environ)
+    assert (place.source, place.process, place.count) == (source, process, count)
+
+
+def test_flags_win_and_must_be_complete():
+    place = cluster.find_place("host:1", 4, 2, SLURM)
+    assert (place.source, place.process, place.count, place.method) == ("flags", 2, 4, "deactivate")
+    with pytest.raises(UserError, match="--num_processes without --coordinator_address, --process"):
+        cluster.find_place(None, 4, None, {})
+    with pytest.raises(UserError, match="--process_id is 4, but --num_processes is 4"):
+        cluster.find_place("host:1", 4, 4, {})
+    with pytest.raises(UserError, match="must be host:port"):
+        cluster.find_place("host", 4, 0, {})
+    with pytest.raises(UserError, match="launch/jobset.yaml"):
+        cluster.find_place(
+            None, None, None, {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}
+        )
+
+
+@pytest.mark.parametrize(
+    "codes, job",
+    [
+        ([0, 0], 0),
+        ([75, 75], 75),
+        ([76, -9], 76),
+        ([1, 76], 1),
+        ([78, 1], 78),
+        ([2, 76], 2),
+        ([75, 76], 76),
+    ],
+)
+def test_exit_code_of_a_job(codes, job):
+    assert exit_code_of(codes) == job
