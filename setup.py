@@ -11,7 +11,12 @@ setup(
     packages=find_packages(include=["demetar*", "data_pipelines*"]),
     package_data={
         "data_pipelines": ["*.txt", "*.tar.bz2"],
-        "demetar": ["weights/*/*.json", "weights/*/*.safetensors"],
+        "demetar": [
+            "accelerators/*.json",
+            "accelerators/*.textproto",
+            "weights/*/*.json",
+            "weights/*/*.safetensors",
+        ],
     },
     install_requires=[
         "absl-py>=2.1",

@@ -102,11 +102,12 @@ class BatchPlan:
         self._check_fit(sizes, graphs, bucket_g)
         self._graphs = [graphs[bucket_g == b] for b in range(len(self.buckets))]
         self.num_graphs = len(graphs)
-        self.steps_per_epoch = sum(-(-len(g) // batch_size) for g in self._graphs)
+        self.batches_per_bucket = [-(-len(g) // batch_size) for g in self._graphs]
+        self.steps_per_epoch = sum(self.batches_per_bucket)
         used = sizes.num_nodes[graphs].sum()
         slots = sum(
-            -(-len(g) // batch_size) * batch_size * b.num_nodes
-            for g, b in zip(self._graphs, self.buckets, strict=True)
+            count * batch_size * b.num_nodes
+            for count, b in zip(self.batches_per_bucket, self.buckets, strict=True)
         )
         self.node_efficiency = float(used / slots)
 

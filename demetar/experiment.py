@@ -73,9 +73,14 @@ class Experiment:
         )
 
 
-def build_experiment(config: ml_collections.ConfigDict) -> Experiment:
-    """Builds all parts; whatever in the config is wrong is a `UserError` here."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experiment:
+    """Builds all parts; whatever in the config is wrong is a `UserError` here.
+
+    Args:
+      config: resolved.
+      devices: of a machine that is only planned; None: those of this one.
+    """
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     _check(config, mesh)
     dataset = load_dataset(**config.data)
     arrays, normalization = standardize(dataset, config_lib.real_dtype(config))

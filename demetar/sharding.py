@@ -39,9 +39,17 @@ RULES = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """The mesh `data` x `fsdp` x `model`; `data=-1` takes the devices that the others leave."""
-    devices = jax.devices()
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
+    """The mesh `data` x `fsdp` x `model`; `data=-1` takes the devices that the others leave.
+
+    Args:
+      data: parts with a copy of the state each.
+      fsdp: parts that share one state.
+      model: parts of each layer.
+      devices: of a machine that is only planned; None: those of this one.
+    """
+    planned = devices is not None
+    devices = list(devices) if planned else jax.devices()
     sizes = (data, fsdp, model)
     remedy = (
         f"{len(devices)} devices are present; nearest meshes that fit: "
@@ -63,6 +71,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
             f"config.mesh {_name((data, fsdp, model))} takes {wanted} devices. {remedy}"
         )
     shape = (data, fsdp, model)
+    if planned:
+        return Mesh(np.array(devices[:wanted]).reshape(shape), AXES, (AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices[:wanted])
 
 

@@ -193,7 +193,13 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
 
 
 def compiled_train_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
-    """The train step, compiled once per bucket: state donated, shardings fixed."""
+    """The train step, compiled once per bucket."""
+    buckets = experiment.dataset.buckets
+    return CompiledPerBucket(jitted_train_step(experiment), len(buckets), watch)
+
+
+def jitted_train_step(experiment: Experiment):
+    """`jax.jit` of the train step: state donated, shardings fixed."""
     config, mesh = experiment.config, experiment.mesh
     specs = experiment.state_specs
     step = make_train_step(
@@ -210,13 +216,12 @@ def compiled_train_step(experiment: Experiment, watch: Watch | None = None) -> C
     everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
     state = sharding.named(mesh, specs)
     sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split, stop=everywhere)
-    jitted = jax.jit(
+    return jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(state, split, split, everywhere),
         out_shardings=(state, sums),
     )
-    return CompiledPerBucket(jitted, len(experiment.dataset.buckets), watch)
 
 
 def new_progress(num_targets: int) -> dict:

@@ -22,7 +22,6 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from optax import global_norm
 
 from demetar import config as config_lib
 from demetar import report, runtime, writers
@@ -96,7 +95,7 @@ def compare(first: pathlib.Path, second: pathlib.Path, step: int) -> Comparison:
         states.append(state)
         hashes.append(state_sha256(state, checkpoints.meta(step)["progress"]))
         checkpoints.close()
-    norms = [float(global_norm(jax.tree.map(np.float64, s.params))) for s in states]
+    norms = [_norm(state.params) for state in states]
     return Comparison(
         same_graphs=not odd,
         first_difference=difference or "",
@@ -106,6 +105,11 @@ def compare(first: pathlib.Path, second: pathlib.Path, step: int) -> Comparison:
         sha256=hashes[1],
         dtype=config.model.dtype,
     )
+
+
+def _norm(params) -> float:
+    """Global norm, summed in float64 whatever the parameters are."""
+    return float(np.sqrt(sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(params))))
 
 
 def _losses(folder: pathlib.Path, last: int) -> dict[int, float]:

@@ -18,7 +18,7 @@ from demetar.experiment import Experiment, build_experiment
 from demetar.models import create_model
 from demetar.step import CompiledPerBucket
 from demetar.task import Normalization, TargetErrors, standardize
-from demetar.train import compiled_train_step
+from demetar.train import compiled_train_step, jitted_train_step
 
 
 def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, **model):
@@ -128,12 +128,12 @@ def collectives(dataset, mesh, **options):
 
 
 def lower(experiment):
-    step = compiled_train_step(experiment)
+    step = jitted_train_step(experiment)
     bucket = experiment.dataset.buckets[0]
     batch = pipeline.gather(experiment.arrays, np.full(16, FILL), bucket)
     batch = sharding.to_devices(batch, experiment.mesh, 16)
     flags = sharding.flags(experiment.mesh, False)
-    return step._jitted.lower(experiment.abstract_state(), batch, flags, np.float32(1))
+    return step.lower(experiment.abstract_state(), batch, flags, np.float32(1))
 
 
 def test_one_all_reduce_and_no_other_collective(dataset):

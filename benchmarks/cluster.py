@@ -1,0 +1,156 @@
+"""Two processes against one, and what saving costs; ratios measured in one run.
+
+    python benchmarks/cluster.py [--json=benchmarks/results/cluster.json]
+
+Processes: `configs/qm9.py:quick` on the real QM9, the same global batch, on one process with one core
+and on two with one core each, in turn, three times. Molecules a second are the median over the
+progress lines after the first hundred steps, when all buckets are compiled. Two cores are needed.
+
+Saving: the state of `configs/qm9.py` (9.8 million parameters), real steps of a small batch. How long
+the loop stands still for a save, and how much longer the same steps take when one is saved.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import re
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines import pipeline
+from data_pipelines.plan import BatchPlan
+from demetar import runtime, sharding
+from demetar.checkpoint import Checkpoints
+from demetar.experiment import build_experiment
+from demetar.local import LocalJob
+from demetar.train import compiled_train_step, new_progress
+from demetar.verify_resume import finish
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+_STEPS, _SKIP, _EVERY = 400, 200, 20
+
+
+def rate(workdir: pathlib.Path, count: int) -> float:
+    """Molecules a second of a run with `count` processes, each on a core of its own."""
+    arguments = [
+        f"--workdir={workdir}",
+        f"--config={REPOSITORY}/configs/qm9.py:quick",
+        "--config.mesh.cpu_devices=1",
+        f"--config.log.every_steps={_EVERY}",
+        f"--config.checkpoint.stop_at={_STEPS}",
+        "--config.checkpoint.every_steps=1000000",
+    ]
+    finish(LocalJob(arguments, count, quiet=True))
+    log = (workdir / "logs" / "process-0.log").read_text()
+    found = re.findall(r"step (\d+)/.* (\d+) molecules/s", log)
+    return statistics.median(float(r) for step, r in found if int(step) > _SKIP)
+
+
+def scaling(folder: pathlib.Path) -> dict:
+    """Rates of one and two processes, in turn."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    rates = {1: [], 2: []}
+    for turn in range(4):  # the first fills the cache of compiled programs
+        for count in (1, 2):
+            os.sched_setaffinity(0, cores[:count])
+            found = rate(folder / f"{turn}-{count}", count)
+            os.sched_setaffinity(0, cores)
+            print(f"turn {turn}: {count} process(es), one core each: {found:.0f} molecules/s")
+            if turn:
+                rates[count].append(found)
+    medians = {count: statistics.median(found) for count, found in rates.items()}
+    return {
+        "config": "configs/qm9.py:quick",
+        "one_process_one_core": rates[1],
+        "two_processes_one_core_each": rates[2],
+        "ratio": medians[2] / medians[1],
+    }
+
+
+def saving(folder: pathlib.Path) -> dict:
+    """Seconds that the loop stands still for a save, and that the steps beside it take longer."""
+    config = load_config(REPOSITORY / "configs" / "qm9.py")
+    config.data.update({"edges": "bonds", "batch_size": 8})  # short steps: many samples
+    config.model.edge_attention = "full"
+    runtime.configure(config)
+    experiment = build_experiment(config)
+    mesh, size = experiment.mesh, config.data.batch_size
+    buckets = experiment.dataset.buckets[-1:]
+    plan = BatchPlan(
+        experiment.arrays.sizes, experiment.dataset.split["train"], buckets, size, seed=0
+    )
+    step = compiled_train_step(experiment)
+    state = experiment.create_state()
+    batch = pipeline.gather(experiment.arrays, plan[0][1], buckets[0])
+    batch = sharding.to_devices(batch, mesh, size)
+    checkpoints = Checkpoints(folder, keep_last=2)
+    meta = experiment.identity | {"progress": new_progress(1)}
+
+    def steps(number: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        for _ in range(number):
+            state, sums = step(0, state, batch, sharding.flags(mesh, False), np.float32(1))
+            float(sums.loss)
+            checkpoints.poll()
+        return time.perf_counter() - start
+
+    steps(10)
+    number = max(10, round(10 / (steps(10) / 10)))  # about ten seconds: longer than a save takes
+    blocked, slower = [], []
+    for _ in range(6):
+        plain = steps(number)
+        start = time.perf_counter()
+        checkpoints.save(state, meta)
+        blocked.append(time.perf_counter() - start)
+        beside = steps(number)
+        checkpoints.wait()
+        slower.append(blocked[-1] + beside - plain)
+        print(f"save: stood still {blocked[-1]:.3f} s, cost {slower[-1]:.2f} s in all")
+    checkpoints.close()
+    leaves = jax.tree.leaves(state)
+    return {
+        "state_megabytes": sum(x.nbytes for x in leaves) / 1e6,
+        "seconds_stood_still": blocked,
+        "longest": max(blocked),
+        "seconds_a_save_costs": slower,
+        "share_of_a_minute": statistics.median(slower) / 60,
+    }
+
+
+def load_config(file: pathlib.Path):
+    """The config of a file; it is Python, and executed."""
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=pathlib.Path)
+    options = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+    with tempfile.TemporaryDirectory() as folder:
+        result = {
+            "command": "python benchmarks/cluster.py",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
+            "processes": scaling(pathlib.Path(folder)),
+            "saving": saving(pathlib.Path(folder) / "saving"),
+        }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.json:
+        options.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

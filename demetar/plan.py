@@ -1,0 +1,505 @@
+"""A plan before you pay: what a config would need and cost on a machine you do not have.
+
+    python -m demetar.plan --config=configs/qm9.py --topology=h100:4x8 [--batch=N] [--html=FILE]
+
+Compiles the real, sharded train step for that topology, without an accelerator, and prints
+parameters, memory of each chip, operations and bytes of a step, the collectives, and what
+follows from them: time of a step, molecules a second, weak scaling to 1024 chips, days and
+chip-hours of the config's training. `h100:4x8` is 4 nodes of 8 GPUs, `v5e:16x16` a TPU slice;
+another GPU is described by a file like those in demetar/accelerators: `my.json:2x8`.
+
+Needs an extra: `pip install -e ".[plan-gpu]"` or `".[plan-tpu]"`. Everything predicted is marked
+so; a roofline is the fastest a machine could be, not what it will be.
+"""
+
+import base64
+import dataclasses
+import html
+import importlib.util
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+# Before jax: it must not look for the accelerator that it is to compile for.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "none")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.experimental import topologies
+from ml_collections import config_flags
+
+from data_pipelines import pipeline
+from data_pipelines.plan import BatchPlan
+from demetar import flops, runtime, sharding
+from demetar.errors import UserError, exits_cleanly, suggest
+from demetar.experiment import Experiment, build_experiment
+from demetar.train import jitted_train_step
+from demetar.writers import say
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "As h100:4x8 or v5e:16x16.")
+_BATCH = flags.DEFINE_integer("batch", None, "Global batch, instead of the config's.")
+_HTML = flags.DEFINE_string("html", None, "File for the table and the plot of scaling.")
+
+_FOLDER = pathlib.Path(__file__).parent / "accelerators"
+_MAX_CHIPS = 1024
+_COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "pred": 8, "s8": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """A chip, by its published peaks; a file of demetar/accelerators.
+
+    Attributes:
+      kind: `tpu` or `cuda`, the compiler.
+      memory_bytes: of one chip.
+      peak_flops: matrix products, by compute type, operations/s.
+      memory_bytes_per_s: of its memory.
+      near_bytes_per_s: to the chips of its node, one direction.
+      far_bytes_per_s: to others.
+      chips_near: how many are near.
+      source: of these numbers, for a person.
+      target_config: file beside this one that describes a GPU to the compiler.
+    """
+
+    kind: str
+    memory_bytes: int
+    peak_flops: dict[str, float]
+    memory_bytes_per_s: float
+    near_bytes_per_s: float
+    far_bytes_per_s: float
+    chips_near: int
+    source: str
+    target_config: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the compiled step.
+
+    Attributes:
+      name: of the operation.
+      group: how many chips take part.
+      near: how many of a group share a node.
+      payload: bytes of the whole array, summed or gathered.
+    """
+
+    name: str
+    group: int
+    near: int
+    payload: float
+
+    def seconds(self, chip: Accelerator) -> float:
+        """Rings within the nodes, then between them, each chip with its part; twice to sum.
+
+        (k - 1) / k of the payload over the near links for k chips of a node; (m - 1) / m of a
+        k-th over the far ones for m nodes.
+        """
+        nodes = self.group // self.near
+        near = (self.near - 1) / self.near * self.payload / chip.near_bytes_per_s
+        far = (nodes - 1) / nodes * self.payload / self.near / chip.far_bytes_per_s
+        return (2 if self.name == "all-reduce" else 1) * (near + far)
+
+
+def read_topology(text: str) -> tuple[str, Accelerator, tuple[int, ...]]:
+    """`h100:4x8` -> name, chip, sizes."""
+    name, _, sizes = text.rpartition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", sizes) or not name:
+        raise UserError(
+            f"--topology is {text!r}; write it as h100:4x8 (nodes x GPUs) or v5e:16x16."
+        )
+    known = sorted(file.stem for file in _FOLDER.glob("*.json"))
+    file = pathlib.Path(name) if name.endswith(".json") else _FOLDER / f"{name}.json"
+    if not file.exists():
+        raise UserError(
+            f"No accelerator {name!r}.{suggest(name, known)} Known: {', '.join(known)}; or "
+            "the path of a .json file like theirs."
+        )
+    try:
+        fields = json.loads(file.read_text())
+        if fields.get("target_config"):
+            fields["target_config"] = str(file.parent / fields["target_config"])
+        return name, Accelerator(**fields), tuple(int(n) for n in sizes.split("x"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} does not describe an accelerator: {error}") from error
+
+
+def planned_devices(text: str):
+    """Chip and devices of a topology that need not exist."""
+    name, chip, sizes = read_topology(text)
+    extra, module = {
+        "tpu": ("plan-tpu", "libtpu"),
+        "cuda": ("plan-gpu", "jax_cuda12_plugin"),
+    }[chip.kind]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'The compiler for {name} is missing: pip install -e ".[{extra}]".')
+    try:
+        if chip.kind == "tpu":
+            more = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+            found = topologies.get_topology_desc(text, platform="tpu", **more)
+        else:
+            if len(sizes) != 2:
+                raise UserError(f"--topology={text}: GPUs are written as nodes x GPUs, {name}:4x8.")
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                target_config=pathlib.Path(chip.target_config).read_text(),
+                topology="x".join(map(str, (1, *sizes))),
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"The compiler does not know --topology={text}: {error}") from error
+    return chip, found.devices
+
+
+def abstract_batch(experiment: Experiment, bucket: int):
+    """Shapes and shardings of a batch of a bucket."""
+    size, split = experiment.config.data.batch_size, sharding.over_batch(experiment.mesh)
+    one = pipeline.gather(
+        experiment.arrays, np.zeros(1, np.int64), experiment.dataset.buckets[bucket]
+    )
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=split), one
+    )
+
+
+def abstract_arguments(experiment: Experiment, bucket: int):
+    """What the train step takes, as shapes."""
+    mesh = experiment.mesh
+    parts = (sharding.batch_parts(mesh),)
+    return (
+        experiment.abstract_state(),
+        abstract_batch(experiment, bucket),
+        jax.ShapeDtypeStruct(parts, np.float32, sharding=sharding.over_batch(mesh)),
+        jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh)),
+    )
+
+
+def collectives(text: str, chips: int, chips_near: int) -> list[Collective]:
+    """Of a compiled program's text."""
+    found = []
+    pattern = rf"= (.+?) ({_COLLECTIVES})(-start)?\((.*)"
+    for shapes, name, start, rest in re.findall(pattern, text):
+        arrays = [
+            math.prod(int(n) for n in dims.split(",") if n) * _BITS[kind] / 8
+            for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+            if kind in _BITS
+        ]
+        if start and name != "all-reduce" and len(arrays) > 1:
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        members = _first_group(rest, chips)
+        payload = sum(arrays) * (len(members) if name == "reduce-scatter" else 1)
+        near = int(np.bincount(members // chips_near).max())
+        found.append(Collective(name, len(members), near, payload))
+    return found
+
+
+def _first_group(text: str, chips: int) -> np.ndarray:
+    """Numbers of the chips of one group: `{{0,1},{2,3}}` or `[groups,size]<=[dims]T(order)`."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        sizes = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(iota[2])]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    return np.array([int(n) for n in listed[1].split(",")]) if listed else np.arange(chips)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known (compiled, counted) and what follows from it (predicted).
+
+    Attributes:
+      experiment: on the planned mesh.
+      topology: as given.
+      chip: of it.
+      memory: bytes of each chip: state, batch and outputs, temporaries, all.
+      counted: operations of a step of each bucket, by `demetar.flops`, over all chips.
+      compiler_flops: of the largest bucket over all chips, where the compiler says it.
+      step_bytes: of each bucket, over all chips.
+      bytes_source: where these are from.
+      collectives: of a step.
+    """
+
+    experiment: Experiment
+    topology: str
+    chip: Accelerator
+    memory: dict[str, float]
+    counted: list[flops.Count]
+    compiler_flops: float | None
+    step_bytes: list[float]
+    bytes_source: str
+    collectives: list[Collective]
+
+    @property
+    def chips(self) -> int:
+        return self.experiment.mesh.size
+
+    @property
+    def batches(self) -> BatchPlan:
+        experiment = self.experiment
+        return BatchPlan(
+            experiment.arrays.sizes,
+            experiment.dataset.split["train"],
+            experiment.dataset.buckets,
+            experiment.config.data.batch_size,
+            experiment.config.seed,
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.experiment.abstract_state().params))
+
+    def compute_seconds(self) -> float:
+        """Mean over the buckets of an epoch of max(operations / peak, bytes / bandwidth)."""
+        peak = self.chip.peak_flops.get(self.experiment.config.model.dtype)
+        peak = peak or self.chip.peak_flops["float32"] / 16  # float64, about
+        times = [
+            max(c.total / peak, b / self.chip.memory_bytes_per_s) / self.chips
+            for c, b in zip(self.counted, self.step_bytes, strict=True)
+        ]
+        return float(np.average(times, weights=self.batches.batches_per_bucket))
+
+    def communication_seconds(self) -> float:
+        """All collectives, one after the other, hidden behind nothing."""
+        return sum(c.seconds(self.chip) for c in self.collectives)
+
+    def scaling(self) -> list[tuple[int, float]]:
+        """(chips, efficiency): the batch of each chip kept, only the axis `data` growing."""
+        shape = self.experiment.mesh.shape
+        unit = shape["fsdp"] * shape["model"]
+        copies_near = max(1, self.chip.chips_near // unit)
+        # Over `data`: the gradients of each part of the state, summed over its copies.
+        gradient_bytes = 4 * self.num_parameters / unit
+        within = [c for c in self.collectives if c.group <= unit and unit > 1]
+        fixed = self.compute_seconds() + sum(c.seconds(self.chip) for c in within)
+
+        def seconds(copies: int) -> float:
+            near = min(copies, copies_near)
+            return fixed + Collective("all-reduce", copies, near, gradient_bytes).seconds(self.chip)
+
+        powers = range(int(math.log2(_MAX_CHIPS // unit)) + 1)
+        return [(unit * 2**k, seconds(1) / seconds(2**k)) for k in powers]
+
+
+def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
+    """Compiles the step of the largest bucket, and counts all of them."""
+    experiment = build_experiment(config, devices)
+    step = jitted_train_step(experiment)
+    buckets = range(len(experiment.dataset.buckets))
+    say(f"Counting {len(buckets)} buckets, compiling the largest for {len(devices)} chips ...")
+    counted = [flops.count(step, *abstract_arguments(experiment, b)) for b in buckets]
+    arguments = abstract_arguments(experiment, buckets[-1])
+    # float32 products of GPUs, sharded over `model`, fail to lower with Triton.
+    options = {"xla_gpu_enable_triton_gemm": False} if chip.kind == "cuda" else {}
+    compiled = step.lower(*arguments).compile(compiler_options=options)
+    found = compiled.memory_analysis()
+    memory = {
+        "state, batch and results": found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+    cost = compiled.cost_analysis() or {}
+    chips = experiment.mesh.size
+    state_bytes = 2 * found.argument_size_in_bytes * chips
+    width = np.dtype(experiment.model.dtype).itemsize
+    step_bytes = [c.matmul_bytes + width * c.other + state_bytes for c in counted]
+    source = "counted: matrix products, the state, and every other result written once"
+    if cost.get("bytes accessed"):
+        largest = cost["bytes accessed"] * chips
+        step_bytes = [largest * b / step_bytes[-1] for b in step_bytes]
+        source = "compiler, for the largest bucket; scaled by the count for the others"
+    return Plan(
+        experiment=experiment,
+        topology=topology,
+        chip=chip,
+        memory=memory | {"all": sum(memory.values())},
+        counted=counted,
+        compiler_flops=cost["flops"] * chips if cost.get("flops", 0) > 0 else None,
+        step_bytes=step_bytes,
+        bytes_source=source,
+        collectives=collectives(compiled.as_text(), chips, chip.chips_near),
+    )
+
+
+def remedies(config, topology: str, chip: Accelerator, devices) -> list[str]:
+    """Settings that make a config fit, each tried with the compiler; one of each kind."""
+    found = []
+    parts = len(devices) // (config.mesh.fsdp * config.mesh.model) * config.mesh.fsdp
+    batch, accumulation, fsdp = config.data.batch_size, config.train.accumulation, config.mesh.fsdp
+    options = {
+        "--batch={}": [batch // 2**k for k in range(1, 12) if batch // 2**k % parts == 0],
+        "--config.train.accumulation={}": [
+            a for k in range(1, 12) if batch % (parts * (a := accumulation * 2**k)) == 0
+        ],
+        "--config.mesh.fsdp={}": [
+            f for k in range(1, 12) if len(devices) % ((f := fsdp * 2**k) * config.mesh.model) == 0
+        ],
+    }
+    for text, values in options.items():
+        for value in values:
+            trial = config.copy_and_resolve_references()
+            with trial.unlocked():
+                if "batch" in text:
+                    trial.data.batch_size = value
+                elif "accumulation" in text:
+                    trial.train.accumulation = value
+                else:
+                    trial.mesh.update({"fsdp": value, "data": -1})
+            try:
+                if make_plan(trial, topology, chip, devices).memory["all"] <= chip.memory_bytes:
+                    found.append(text.format(value))
+                    break
+            except UserError:
+                continue
+    return found
+
+
+def report(plan: Plan) -> list[tuple[str, str]]:
+    """Rows of the table: name, text."""
+    experiment, chip, config = plan.experiment, plan.chip, plan.experiment.config
+    batches, graphs = plan.batches, config.data.batch_size
+    compute, talk = plan.compute_seconds(), plan.communication_seconds()
+    seconds = compute + talk
+    mean_flops = np.average([c.total for c in plan.counted], weights=batches.batches_per_bucket)
+    mean_bytes = np.average(plan.step_bytes, weights=batches.batches_per_bucket)
+    peak = chip.peak_flops.get(config.model.dtype, float("nan"))
+    days = config.train.num_steps * seconds / 86_400
+    items = experiment.dataset.items
+    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
+    rows = [
+        ("config", f"{plan.num_parameters:,} parameters, {config.model.dtype}, batch {graphs}"),
+        ("topology", f"{plan.topology}: {plan.chips} chips, mesh {mesh}"),
+        (
+            "chip",
+            f"{chip.memory_bytes / 2**30:.0f} GiB, {peak / 1e12:.0f} TFLOP/s, "
+            f"{chip.memory_bytes_per_s / 1e9:.0f} GB/s memory. {chip.source}",
+        ),
+        (
+            "memory of a chip",
+            f"{_gib(plan.memory['all'])} of {_gib(chip.memory_bytes)} "
+            f"({plan.memory['all'] / chip.memory_bytes:.1%}): "
+            + ", ".join(f"{k} {_gib(v)}" for k, v in plan.memory.items() if k != "all")
+            + f" (compiler, largest bucket: {experiment.dataset.buckets[-1].num_nodes} nodes)",
+        ),
+        (
+            "operations of a step",
+            f"{mean_flops:.3e} (counted from the traced step, mean over buckets; "
+            f"{mean_flops / graphs:.3e} for each of the {items})"
+            + (
+                f"; largest bucket {plan.counted[-1].total:.3e} counted, "
+                f"{plan.compiler_flops:.3e} compiler"
+                if plan.compiler_flops
+                else "; the compiler for this chip gives none"
+            ),
+        ),
+        ("bytes of a step", f"{mean_bytes:.3e} ({plan.bytes_source})"),
+    ]
+    for name in _COLLECTIVES.split("|"):
+        same = [c for c in plan.collectives if c.name == name]
+        if same:
+            groups = ", ".join(sorted({str(c.group) for c in same}))
+            total = sum(c.payload for c in same)
+            rows.append((name, f"{len(same)} a step, {total / 1e6:.2f} MB, groups of {groups}"))
+    scaling = plan.scaling()
+    rows += [
+        (
+            "PREDICTED step",
+            f"{seconds * 1e3:.3f} ms = {compute * 1e3:.3f} ms computing + {talk * 1e3:.3f} ms "
+            "communicating. Roofline: max(operations / peak, bytes / bandwidth), then all "
+            "collectives as rings at full link speed, nothing hidden. Latencies, launches and "
+            "kernels below peak are left out: a real step is slower, for small ones many times",
+        ),
+        ("PREDICTED rate", f"{graphs / seconds:,.0f} {items}/s"),
+        (
+            "PREDICTED weak scaling",
+            ", ".join(f"{n}: {e:.1%}" for n, e in scaling)
+            + ". E(n) = T(unit) / T(n), T(n) = computing + rings over n, the batch of a chip kept",
+        ),
+        (
+            "PREDICTED training",
+            f"{config.train.num_steps:,} steps: {days * 24:.2f} hours ({days:.3f} days), "
+            f"{days * 24 * plan.chips:,.1f} chip-hours, without evaluation, saving and compiling",
+        ),
+    ]
+    return rows
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def write_html(file: pathlib.Path, plan: Plan, rows) -> None:
+    """The table, and a plot of the predicted weak scaling; one file, nothing to fetch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chips, efficiency = zip(*plan.scaling(), strict=True)
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axis.plot(chips, [100 * e for e in efficiency], "o-")
+    axis.axvline(plan.chips, color="grey", linestyle=":", label=f"this plan: {plan.chips} chips")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(0, 105)
+    axis.set_xlabel("chips")
+    axis.set_ylabel("predicted weak-scaling efficiency [%]")
+    axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    plt.close(figure)
+    image = base64.b64encode(picture.getvalue()).decode()
+    table = "\n".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
+    )
+    file.write_text(
+        "<!doctype html><meta charset=utf-8>"
+        f"<title>demetar plan {html.escape(plan.topology)}</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "th{text-align:left;vertical-align:top;white-space:nowrap;padding:.3em 1em .3em 0}"
+        "td{padding:.3em 0}</style>"
+        f"<h1>{html.escape(plan.topology)}</h1><table>{table}</table>"
+        f'<img alt="predicted weak scaling" src="data:image/png;base64,{image}" width=640>\n'
+    )
+
+
+@exits_cleanly
+def _main(argv) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    config = _CONFIG.value
+    if _BATCH.value:
+        config.data.batch_size = _BATCH.value
+    config.mesh.cpu_devices = 0
+    chip, devices = planned_devices(_TOPOLOGY.value)
+    runtime.configure(config)
+    plan = make_plan(config, _TOPOLOGY.value, chip, devices)
+    if plan.memory["all"] > chip.memory_bytes:
+        say("Does not fit; trying what would ...")
+        fitting = remedies(config, _TOPOLOGY.value, chip, devices)
+        raise UserError(
+            f"{_TOPOLOGY.value}: a chip would need {_gib(plan.memory['all'])}, it has "
+            f"{_gib(chip.memory_bytes)}. Each of these fits: {'; '.join(fitting) or 'none tried'}."
+        )
+    rows = report(plan)
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"{name:{width}}  {text}" for name, text in rows))
+    if _HTML.value:
+        write_html(pathlib.Path(_HTML.value), plan, rows)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(_main)
