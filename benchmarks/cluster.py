@@ -2,12 +2,14 @@
 
     python benchmarks/cluster.py [--json=benchmarks/results/cluster.json]
 
-Processes: `configs/qm9.py:quick` on the real QM9, the same global batch, on one process with one core
-and on two with one core each, in turn, three times. Molecules a second are the median over the
-progress lines after the first hundred steps, when all buckets are compiled. Two cores are needed.
+Processes: one with one core, and two with one core each, on the real QM9, the same global batch, in
+turn, for `configs/qm9.py:quick` and for the model of `configs/qm9.py`. Beside them two jobs that have
+nothing to do with each other, one core and half of the batch each: what this machine's two cores
+could give at best. Molecules a second are the median over the progress lines of the second half
+of the steps, when all is compiled. Two cores are needed.
 
-Saving: the state of `configs/qm9.py` (9.8 million parameters), real steps of a small batch. How long
-the loop stands still for a save, and how much longer the same steps take when one is saved.
+Saving: the state of `configs/qm9.py` (9.8 million parameters), real steps of a small batch. How
+long the loop stands still for a save, and how much longer the same steps take beside one.
 """
 
 import argparse
@@ -35,43 +37,66 @@ from demetar.train import compiled_train_step, new_progress
 from demetar.verify_resume import finish
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
-_STEPS, _SKIP, _EVERY = 400, 200, 20
+_TURNS = 2  # after one that fills the cache of compiled programs
+
+# Name -> config, global batch, steps, steps between progress lines, further flags.
+_JOBS = {
+    "quick": ("configs/qm9.py:quick", 64, 300, 15, []),
+    "full": ("configs/qm9.py", 32, 24, 2, ["--config.data.buckets=(29,)"]),
+}
 
 
-def rate(workdir: pathlib.Path, count: int) -> float:
-    """Molecules a second of a run with `count` processes, each on a core of its own."""
+def start(workdir: pathlib.Path, name: str, count: int, core: int, share: int) -> LocalJob:
+    """A job on `count` cores from `core` on, with a `share`-th of the batch."""
+    config, batch, steps, every, more = _JOBS[name]
     arguments = [
         f"--workdir={workdir}",
-        f"--config={REPOSITORY}/configs/qm9.py:quick",
+        f"--config={REPOSITORY}/{config}",
         "--config.mesh.cpu_devices=1",
-        f"--config.log.every_steps={_EVERY}",
-        f"--config.checkpoint.stop_at={_STEPS}",
+        f"--config.data.batch_size={batch // share}",
+        f"--config.log.every_steps={every}",
+        f"--config.checkpoint.stop_at={steps}",
         "--config.checkpoint.every_steps=1000000",
+        *more,
     ]
-    finish(LocalJob(arguments, count, quiet=True))
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[core : core + count])
+    job = LocalJob(arguments, count, quiet=True)
+    os.sched_setaffinity(0, cores)
+    return job
+
+
+def rate(workdir: pathlib.Path, name: str) -> float:
+    """Molecules a second in the second half of a run."""
     log = (workdir / "logs" / "process-0.log").read_text()
     found = re.findall(r"step (\d+)/.* (\d+) molecules/s", log)
-    return statistics.median(float(r) for step, r in found if int(step) > _SKIP)
+    return statistics.median(float(r) for step, r in found if int(step) > _JOBS[name][2] / 2)
 
 
-def scaling(folder: pathlib.Path) -> dict:
-    """Rates of one and two processes, in turn."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    rates = {1: [], 2: []}
-    for turn in range(4):  # the first fills the cache of compiled programs
-        for count in (1, 2):
-            os.sched_setaffinity(0, cores[:count])
-            found = rate(folder / f"{turn}-{count}", count)
-            os.sched_setaffinity(0, cores)
-            print(f"turn {turn}: {count} process(es), one core each: {found:.0f} molecules/s")
+def scaling(folder: pathlib.Path, name: str) -> dict:
+    """Rates of one process, of two, and of two jobs apart."""
+    rates = {"one": [], "two": [], "two_apart": []}
+    for turn in range(1 + _TURNS):
+        for kind, jobs in (
+            ("one", [(1, 0, 1)]),
+            ("two", [(2, 0, 1)]),
+            ("two_apart", [(1, 0, 2), (1, 1, 2)]),
+        ):
+            workdirs = [folder / f"{name}-{turn}-{kind}-{n}" for n in range(len(jobs))]
+            running = [start(w, name, *job) for w, job in zip(workdirs, jobs, strict=True)]
+            for job in running:
+                finish(job)
+            found = sum(rate(workdir, name) for workdir in workdirs)
+            print(f"{name}, turn {turn}: {kind} {found:.0f} molecules/s", flush=True)
             if turn:
-                rates[count].append(found)
-    medians = {count: statistics.median(found) for count, found in rates.items()}
+                rates[kind].append(found)
+    medians = {kind: statistics.median(found) for kind, found in rates.items()}
     return {
-        "config": "configs/qm9.py:quick",
-        "one_process_one_core": rates[1],
-        "two_processes_one_core_each": rates[2],
-        "ratio": medians[2] / medians[1],
+        "config": _JOBS[name][0],
+        "batch": _JOBS[name][1],
+        "molecules_per_second": rates,
+        "ratio_two_to_one": medians["two"] / medians["one"],
+        "ratio_two_apart_to_one": medians["two_apart"] / medians["one"],
     }
 
 
@@ -143,7 +168,7 @@ def main() -> None:
         result = {
             "command": "python benchmarks/cluster.py",
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU, gloo",
-            "processes": scaling(pathlib.Path(folder)),
+            "processes": {name: scaling(pathlib.Path(folder), name) for name in _JOBS},
             "saving": saving(pathlib.Path(folder) / "saving"),
         }
     text = json.dumps(result, indent=1)

@@ -1,4 +1,4 @@
-"""A large DEMETAr on QM9: 152 million parameters, for a node of 8 accelerators or more.
+"""A large DEMETAr on QM9: 156 million parameters, for a node of 8 accelerators or more.
 
     python -m demetar.main --config=configs/qm9_large.py        on every process, see launch/
     python -m demetar.plan --config=configs/qm9_large.py --topology=h100:4x8

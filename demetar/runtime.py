@@ -28,6 +28,8 @@ def configure(config: ml_collections.ConfigDict) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if jax.default_backend() == "cpu":
         _keep_freed_memory()
+        if jax.process_count() > 1:
+            _let_gloo_yield()
 
 
 def _keep_freed_memory() -> None:
@@ -43,3 +45,24 @@ def _keep_freed_memory() -> None:
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_M_TOP_PAD, 2**28)
+
+
+def _let_gloo_yield() -> None:
+    """Runs gloo's network thread only where the core has nothing else to do.
+
+    While data of another process wait for this one to ask for them, that thread polls without
+    pause, and takes the core from computing until the scheduler's next tick: 4 ms for each
+    all-reduce, of any size, against 0.2 ms so. It is found by where it waits; the other
+    threads that wait there, of JAX's coordinator, have names of their own.
+    """
+    if not hasattr(os, "SCHED_IDLE"):
+        return  # not Linux
+    threads = pathlib.Path("/proc/self/task")
+    own_name = pathlib.Path("/proc/self/comm").read_text()
+    for thread in threads.iterdir():
+        try:
+            waits_in = (thread / "wchan").read_text()
+            if "epoll" in waits_in and (thread / "comm").read_text() == own_name:
+                os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
+        except OSError:
+            continue  # it has ended, or may not be looked at: slower, not wrong

@@ -170,6 +170,23 @@ def batch_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def sum_over(tree, axes):
+    """`jax.lax.psum` over those of the axes that are longer than one.
+
+    A sum over one would stay in the program and, beside a divided axis `model`, not compile.
+    """
+    axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def gather_rows(tree):
+    """Inside `shard_map`: rows of this device -> rows of the whole batch."""
+    axes = tuple(axis for axis in BATCH_AXES if jax.lax.axis_size(axis) > 1)
+    if not axes:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), tree)
+
+
 def gather_params(params, specs):
     """Inside `shard_map`: this device's part of the parameters -> whole over `fsdp`."""
 
@@ -196,7 +213,7 @@ def sum_gradients(gradients, sums, specs):
     joined, split = jax.flatten_util.ravel_pytree(
         ([x for x, join in zip(leaves, is_joined, strict=True) if join], sums)
     )
-    joined, sums = split(jax.lax.psum(joined, BATCH_AXES))
+    joined, sums = split(sum_over(joined, BATCH_AXES))
     joined = iter(joined)
     total = []
     for x, spec, part, join in zip(leaves, leaf_specs, is_part, is_joined, strict=True):
@@ -205,10 +222,9 @@ def sum_gradients(gradients, sums, specs):
         elif part:
             axis = spec.index("fsdp")
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
-            # A sum over one: the compiler would leave the collective in.
-            total.append(x if jax.lax.axis_size("data") == 1 else jax.lax.psum(x, "data"))
+            total.append(sum_over(x, ("data",)))
         else:
-            total.append(jax.lax.psum(x, BATCH_AXES))
+            total.append(sum_over(x, BATCH_AXES))
     return treedef.unflatten(total), sums
 
 

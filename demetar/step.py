@@ -152,9 +152,8 @@ def make_eval_step(model, mesh: Mesh, param_specs, metric: str) -> Callable:
         prediction = jax.vmap(predict)(batch)
         error_BxT = graph_errors(metric, prediction, batch)
         errors = TargetErrors.from_model_output(error_BxT, batch.graph_mask)
-        sums = jax.lax.psum((errors, stop_1.sum()), sharding.BATCH_AXES)
-        whole = lambda x: jax.lax.all_gather(x, sharding.BATCH_AXES, tiled=True)
-        return sums, whole(error_BxT), whole(prediction)
+        sums = sharding.sum_over((errors, stop_1.sum()), sharding.BATCH_AXES)
+        return sums, *sharding.gather_rows((error_BxT, prediction))
 
     rows = P(sharding.BATCH_AXES)
     return _on_each_device(evaluate, mesh, in_specs=(param_specs, rows, rows), out_specs=P())

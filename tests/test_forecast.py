@@ -1,0 +1,153 @@
+"""demetar.plan and demetar.flops: counting, reading compiled programs, predicting, refusing."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from test_step import lower, make_experiment
+
+from demetar import flops, plan
+from demetar.errors import UserError
+from demetar.train import jitted_train_step
+
+
+def test_count_of_products_is_exact():
+    a, b = np.ones((3, 4, 5), np.float32), np.ones((5, 7), np.float32)
+    found = flops.count(lambda a, b: a @ b, a, b)
+    assert found.matmul == 2 * 3 * 4 * 5 * 7
+    assert found.matmul_bytes == 4 * (60 + 35 + 84)
+
+    def repeated(a, b):
+        body = lambda carry, _: (jnp.sin(carry @ b), None)
+        return jax.lax.scan(body, a, None, length=6)[0]
+
+    found = flops.count(jax.jit(repeated), np.ones((2, 5), np.float32), np.ones((5, 5), np.float32))
+    assert (found.matmul, found.other) == (6 * 2 * 2 * 5 * 5, 6 * 10)
+
+
+@pytest.mark.parametrize("mesh", [1, (4, 2, 1), (2, 1, 2)])
+def test_count_of_the_train_step_is_near_the_compilers(dataset, mesh):
+    experiment = make_experiment(dataset, mesh)
+    counted = flops.count(jitted_train_step(experiment), *plan.abstract_arguments(experiment, 0))
+    compiled = lower(experiment).compile().cost_analysis()["flops"] * experiment.mesh.size
+    assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
+    # Over all devices, whatever the mesh, but for what each computes for itself.
+    one = make_experiment(dataset, 1)
+    alone = flops.count(jitted_train_step(one), *plan.abstract_arguments(one, 0))
+    assert counted.matmul == alone.matmul
+
+
+@pytest.fixture
+def chip():
+    return plan.read_topology("h100:4x8")[1]
+
+
+def test_collectives_of_a_compiled_program(dataset):
+    experiment = make_experiment(dataset, (2, 4, 1))
+    [*found] = plan.collectives(lower(experiment).compile().as_text(), 8, chips_near=4)
+    params = jax.tree.leaves(experiment.abstract_state().params)
+    specs = jax.tree.leaves(experiment.state_specs.params)
+    divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
+    for name in ("all-gather", "reduce-scatter"):
+        of_name = [c for c in found if c.name == name]
+        assert sum(c.payload for c in of_name) == 4 * divided
+        assert {(c.group, c.near) for c in of_name} == {(4, 4)}  # neighbours share a node
+    over_data = [c for c in found if c.group == 2]
+    assert over_data and all(c.near == 1 for c in over_data)  # copies are on other nodes
+
+
+@pytest.mark.parametrize(
+    "text, members",
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("no groups", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_groups_of_a_collective(text, members):
+    assert plan._first_group(text, 8).tolist() == members
+
+
+def test_time_of_a_collective_by_hand(chip):
+    gigabyte = 1e9
+    # 8 of one node: 7/8 of a gigabyte over NVLink, twice for a sum.
+    assert plan.Collective("all-gather", 8, 8, gigabyte).seconds(chip) == 7 / 8 / 450
+    assert plan.Collective("all-reduce", 8, 8, gigabyte).seconds(chip) == 2 * 7 / 8 / 450
+    # 4 nodes of 8: each GPU's eighth goes around the nodes too.
+    across = plan.Collective("all-reduce", 32, 8, gigabyte).seconds(chip)
+    assert across == pytest.approx(2 * (7 / 8 / 450 + 3 / 4 / 8 / 50))
+    assert plan.Collective("all-reduce", 1, 1, gigabyte).seconds(chip) == 0
+
+
+@pytest.mark.parametrize(
+    "topology, message",
+    [
+        ("h100", "write it as h100:4x8"),
+        ("h10:4x8", "Did you mean 'h100'"),
+        ("/nowhere/my.json:1x1", "No accelerator"),
+        ("h100:4xx", "write it as"),
+    ],
+)
+def test_wrong_topology_is_explained(topology, message):
+    with pytest.raises(UserError, match=message):
+        plan.read_topology(topology)
+
+
+def test_own_accelerator_by_its_file(tmp_path, chip):
+    fields = json.loads((plan._FOLDER / "h100.json").read_text()) | {"memory_bytes": 1 << 30}
+    (tmp_path / "mine.json").write_text(json.dumps(fields))
+    name, mine, sizes = plan.read_topology(f"{tmp_path}/mine.json:2x4")
+    assert mine.memory_bytes == 1 << 30 and sizes == (2, 4)
+    (tmp_path / "mine.json").write_text('{"kind": "cuda"}')
+    with pytest.raises(UserError, match="does not describe an accelerator"):
+        plan.read_topology(f"{tmp_path}/mine.json:2x4")
+
+
+def command(cache_dir, *more):
+    return subprocess.run(
+        [sys.executable, "-m", "demetar.plan", *more, f"--config.data.cache_dir={cache_dir}"],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")
+def test_missing_compiler_says_what_to_install(cache_dir):
+    done = command(cache_dir, "--config=configs/qm9.py:smoke", "--topology=v5e:2x4")
+    assert done.returncode == 2 and 'pip install -e ".[plan-tpu]"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    "topology, module", [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda12_plugin")]
+)
+def test_the_command_on_a_real_compiler(cache_dir, tmp_path, topology, module):
+    """Where the extra is installed; continuous integration has neither."""
+    pytest.importorskip(module)
+    page = tmp_path / "plan.html"
+    flags = ["--config=configs/qm9.py:smoke", f"--topology={topology}", f"--html={page}"]
+    done = command(cache_dir, *flags)
+    assert done.returncode == 0, done.stderr
+    for words in ("parameters", "memory of a chip", "all-reduce", "PREDICTED weak scaling"):
+        assert words in done.stdout
+    assert page.read_text().count("<tr>") == len(done.stdout.splitlines())
+    name, chip, _ = plan.read_topology(topology)
+    fields = json.loads((plan._FOLDER / f"{name}.json").read_text()) | {"memory_bytes": 3 << 20}
+    if fields.get("target_config"):
+        fields["target_config"] = str(plan._FOLDER / fields["target_config"])
+    small = tmp_path / f"{name}.json"
+    small.write_text(json.dumps(fields))
+    if chip.kind == "cuda":  # a TPU's name is the compiler's own
+        flags[1] = f"--topology={small}:1x8"
+        done = command(cache_dir, *flags, "--config.model.width=128", "--batch=512")
+        assert done.returncode == 2 and "Each of these fits: --batch=" in done.stderr
