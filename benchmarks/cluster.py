@@ -2,11 +2,11 @@
 
     python benchmarks/cluster.py [--json=benchmarks/results/cluster.json]
 
-Processes: one with one core, and two with one core each, on the real QM9, the same global batch, in
-turn, for `configs/qm9.py:quick` and for the model of `configs/qm9.py`. Beside them two jobs that have
-nothing to do with each other, one core and half of the batch each: what this machine's two cores
-could give at best. Molecules a second are the median over the progress lines of the second half
-of the steps, when all is compiled. Two cores are needed.
+Processes: one with one core, and two with one core each, on the real QM9, the same global batch,
+in turn, for `configs/qm9.py:quick` and for the model of `configs/qm9.py`. Beside them two jobs that
+have nothing to do with each other, one core and half of the batch each: what this machine's two
+cores could give at best. Molecules a second are the median over the progress lines of the second
+half of the steps, when all is compiled. Two cores are needed.
 
 Saving: the state of `configs/qm9.py` (9.8 million parameters), real steps of a small batch. How
 long the loop stands still for a save, and how much longer the same steps take beside one.

@@ -56,9 +56,13 @@ class Experiment:
         return create_state(self.model, self.tx, one, self.config.seed)
 
     @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._init)  # traces the model: once
+
+    @functools.cached_property
     def state_specs(self) -> TrainState:
         """How each leaf of the state lies on today's mesh: `PartitionSpec`s."""
-        return sharding.state_specs(self.mesh, jax.eval_shape(self._init))
+        return sharding.state_specs(self.mesh, self._shapes)
 
     def create_state(self) -> TrainState:
         """A fresh state, born in its shardings."""
@@ -68,7 +72,7 @@ class Experiment:
         """Shapes, types and shardings of the state on today's mesh."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            jax.eval_shape(self._init),
+            self._shapes,
             sharding.named(self.mesh, self.state_specs),
         )
 

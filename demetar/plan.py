@@ -452,6 +452,7 @@ def write_html(file: pathlib.Path, plan: Plan, rows) -> None:
     axis.plot(chips, [100 * e for e in efficiency], "o-")
     axis.axvline(plan.chips, color="grey", linestyle=":", label=f"this plan: {plan.chips} chips")
     axis.set_xscale("log", base=2)
+    axis.set_xticks(chips, [str(n) for n in chips])
     axis.set_ylim(0, 105)
     axis.set_xlabel("chips")
     axis.set_ylabel("predicted weak-scaling efficiency [%]")

@@ -37,7 +37,8 @@ def test_count_of_the_train_step_is_near_the_compilers(dataset, mesh):
     experiment = make_experiment(dataset, mesh)
     counted = flops.count(jitted_train_step(experiment), *plan.abstract_arguments(experiment, 0))
     compiled = lower(experiment).compile().cost_analysis()["flops"] * experiment.mesh.size
-    assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
+    if experiment.mesh.shape["model"] == 1:  # else all its parts repeat what is not divided
+        assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
     # Over all devices, whatever the mesh, but for what each computes for itself.
     one = make_experiment(dataset, 1)
     alone = flops.count(jitted_train_step(one), *plan.abstract_arguments(one, 0))
