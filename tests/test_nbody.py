@@ -207,8 +207,9 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     before = experiment.create_state()
     old = jax.device_get(before.params)
     step = compiled_train_step(experiment)
-    after, sums = step(0, before, batch, np.float32(1))
-    after, sums = step(0, after, batch, np.float32(1))  # the first rate of a warm-up is 0
+    flags = sharding.flags(experiment.mesh, False)
+    after, sums = step(0, before, batch, flags, np.float32(1))
+    after, sums = step(0, after, batch, flags, np.float32(1))  # the first rate of a warm-up is 0
     assert np.isfinite(sums.loss) and np.isfinite(sums.grad_norm)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), old, jax.device_get(after.params))
     assert any(jax.tree.leaves(changed))

@@ -103,7 +103,7 @@ def test_one_run_on_four_topologies(start, tmp_path):
     assert sorted(sum(rows, [])) == sorted(set(sum(rows, [])))  # no process loads another's rows
 
 
-@pytest.mark.matrix
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_whole_matrix(tmp_path):
     """Saved on each topology, resumed on each; about 15 minutes on two cores."""
@@ -121,7 +121,7 @@ def test_the_whole_matrix(tmp_path):
     [
         (1, "SIGKILL", "Process 1 of 2"),
         (0, "SIGKILL", "Process 0 of 2"),
-        (1, "SIGSTOP", "Process 1 of 2"),
+        pytest.param(1, "SIGSTOP", "Process 1 of 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, name, says):
@@ -141,7 +141,7 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
     assert not (tmp_path / "failures.jsonl").exists()  # being killed is no failure
 
 
-@pytest.mark.parametrize("action", ["sleep", "hold"])
+@pytest.mark.parametrize("action", ["sleep", pytest.param("hold", marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_found(start, tmp_path, action):
     job = start(tmp_path, fault=f"1:batch:7:{action}")
     assert job.wait() in (EXIT_LOST, 1)
@@ -151,18 +151,23 @@ def test_a_process_that_hangs_is_found(start, tmp_path, action):
     assert "sitecustomize.py" in log_of(tmp_path, 1)  # its stacks show where
 
 
-def test_an_exception_in_one_process_ends_all_and_three_are_enough(start, tmp_path):
+def test_an_exception_in_one_process_ends_all(start, tmp_path):
+    job = start(tmp_path, fault="1:batch:7:raise")
+    said = run(job, 1)
+    assert codes(job) == [1, 1], said
+    assert "Process 1 of 2" in log_of(tmp_path, 0)
+    assert "a bug in the loader" in log_of(tmp_path, 0)
+    assert len(read_jsonl(tmp_path / "failures.jsonl")) == 1
+
+
+def test_three_failures_at_one_step_are_enough(start, tmp_path):
     for attempt, code in ((1, 1), (2, 1), (3, 78)):
-        job = start(tmp_path, fault="1:batch:7:raise")
-        said = run(job, code)
-        assert codes(job) == [code, code], said
-        assert "Process 1 of 2" in log_of(tmp_path, 0)
-        assert "a bug in the loader" in log_of(tmp_path, 0)
+        run(start(tmp_path, 1, fault="0:batch:7:raise"), code)
         assert len(read_jsonl(tmp_path / "failures.jsonl")) == attempt
-    said = run(start(tmp_path), 78)
+    said = run(start(tmp_path, 1), 78)
     assert "failed 3 times at step 7" in said and "failures.jsonl" in said
     (tmp_path / "failures.jsonl").unlink()
-    run(start(tmp_path))
+    run(start(tmp_path, 1))
 
 
 # --- signals ----------------------------------------------------------------------------------
@@ -172,7 +177,8 @@ def test_an_exception_in_one_process_ends_all_and_three_are_enough(start, tmp_pa
 def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
     """Each phase in turn on one run; at the end it is the run that nobody disturbed."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(start(whole))
+    small = "--config.data.eval_batch_size=4"  # a test of 13 batches, time to be stopped in
+    run(start(whole, 2, small))
     for process, phase, step, name in (
         (1, "data", 0, "SIGTERM"),
         (0, "compile", 0, "SIGUSR1"),
@@ -182,7 +188,7 @@ def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
         (1, "evaluation of test", 40, "SIGUSR1"),
     ):
         before = latest_step(broken)
-        job = start(broken, fault=f"{process}:{phase}:{step}:{name}")
+        job = start(broken, 2, small, fault=f"{process}:{phase}:{step}:{name}")
         said = run(job, code=75)
         assert codes(job) == [75, 75], said
         assert "Traceback" not in said and not (broken / "result.json").exists()
@@ -191,7 +197,7 @@ def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
         else:
             assert latest_step(broken) > before or before == 40
             assert f"after step {latest_step(broken)} of 40" in log_of(broken, 0)
-    run(start(broken))
+    run(start(broken, 2, small))
     first, second = (json.loads((w / "result.json").read_text()) for w in (whole, broken))
     assert second["state_sha256"] == first["state_sha256"]
     assert second["targets"] == first["targets"]
