@@ -99,7 +99,7 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
 class _Batches:
     """The random-access source that Grain wraps: step -> (bucket number, Graph)."""
 
-    def __init__(self, arrays: GraphArrays, plan: BatchPlan, rows: slice, num_steps: int):
+    def __init__(self, arrays: GraphArrays, plan: BatchPlan, rows: np.ndarray, num_steps: int):
         self._arrays, self._plan, self._rows, self._num_steps = arrays, plan, rows, num_steps
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class _Batches:
 def batches(
     arrays: GraphArrays,
     plan: BatchPlan,
-    rows: slice,
+    rows: np.ndarray,
     steps: range,
     num_threads: int = 1,
     prefetch: int = 8,

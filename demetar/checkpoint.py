@@ -114,7 +114,10 @@ class Checkpoints:
     # --- writing -------------------------------------------------------------------------------
 
     def save(self, state, meta: dict) -> None:
-        """Starts saving; blocks only while arrays are copied. A step saved before is replaced.
+        """Starts saving; blocks only while arrays are copied.
+
+        A step saved before (then without its evaluation) is replaced, unless it is all there is:
+        a resume evaluates it again, and finds the same.
 
         Args:
           state: a `TrainState`.
@@ -123,7 +126,10 @@ class Checkpoints:
         """
         step = int(state.step)
         self.wait()
-        if step in self._manager.all_steps():
+        saved = self._manager.all_steps()
+        if step in saved:
+            if len(saved) == 1:
+                return  # a kill before the new one is whole would leave nothing
             self._manager.delete(step)
         self._best.step = meta["progress"]["best_step"]
         self._manager.save(

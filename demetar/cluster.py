@@ -34,7 +34,6 @@ from demetar import writers
 from demetar.errors import (
     EXIT_DONE,
     EXIT_FAILED,
-    EXIT_LOST,
     EXIT_NO_PROGRESS,
     EXIT_PREEMPTED,
     NoProgress,
@@ -141,27 +140,29 @@ class Job:
     """
 
     def __init__(self, place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict):
-        self._workdir = workdir
-        self._seconds = config.start_seconds
-        self.source = place.source
+        self._place, self._workdir, self._config = place, workdir, config
+        self.source, self.process, self.count = place.source, place.process, place.count
         self.attempt = f"{time.time_ns()}"
         self.watch: Watch | None = None
         self.interruption = Interruption(self._leave_at_once)
         self.interruption.install()
-        if place.process is None:  # only JAX can tell who we are
-            self._initialize(place, config)
+
+    def join(self) -> None:
+        """Becomes visible, waits for the others, and checks that all see one workdir."""
+        config = self._config
+        if self.process is None:  # only JAX can tell who we are
+            self._initialize()
             state = distributed.global_state
-            place = dataclasses.replace(place, process=state.process_id, count=state.num_processes)
-        self.process, self.count = place.process, place.count
+            self.process, self.count = state.process_id, state.num_processes
         self.watch = Watch(
-            workdir, self.process, self.count, config.lost_seconds, config.stuck_seconds
+            self._workdir, self.process, self.count, config.lost_seconds, config.stuck_seconds
         )
-        writers.open_log(workdir, self.process, self.count)
+        writers.open_log(self._workdir, self.process, self.count)
         if self.count == 1:
             return
-        _on_abort(self._coordinator_gone)
+        _on_abort(self._jax_gave_up)
         if not jax.distributed.is_initialized():
-            self._initialize(place, config)
+            self._initialize()
         self._check_workdir()
 
     @property
@@ -171,7 +172,8 @@ class Job:
 
     # --- starting -------------------------------------------------------------------------------
 
-    def _initialize(self, place: Place, config) -> None:
+    def _initialize(self) -> None:
+        place, config = self._place, self._config
         if place.process == 0 and place.coordinator:
             _check_port(place.coordinator)
         # It would take SIGTERM for itself; our steps agree on stopping, whatever the signal.
@@ -195,7 +197,7 @@ class Job:
         self.attempt = self._get("demetar/attempt", 0)
         token = self._workdir / "processes" / f"attempt-{self.attempt}"
         if self.is_main:
-            for old in token.parent.glob("attempt-*"):
+            for old in token.parent.glob("attempt-*"):  # of earlier starts
                 old.unlink(missing_ok=True)
             token.touch()
             self._client.key_value_set("demetar/token", "written")
@@ -222,7 +224,6 @@ class Job:
           facts: name -> JSON; config, code version, data passport, batch plan.
         """
         if self.count > 1:
-            self.watch.phase("data", self.watch.step)  # others may still prepare theirs
             self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
             if self.is_main:
                 told = [json.loads(self._get(f"demetar/facts/{n}", n)) for n in range(self.count)]
@@ -248,9 +249,17 @@ class Job:
     # --- ending ---------------------------------------------------------------------------------
 
     def barrier(self, name: str) -> None:
-        """Returns when all processes have come here."""
+        """Returns when all processes have come here; the watch ends the wait if one is lost."""
         if self.count > 1:
-            self._client.wait_at_barrier(f"demetar/{name}", self._seconds * 1_000)
+            self._client.wait_at_barrier(f"demetar/{name}", 86_400_000)
+
+    def decide(self, name: str, value: bool) -> bool:
+        """Process 0's value, on all: files may not look the same from every machine."""
+        if self.count == 1:
+            return value
+        if self.is_main:
+            self._client.key_value_set(f"demetar/{name}", json.dumps(value))
+        return json.loads(self._get(f"demetar/{name}", 0))
 
     def finish(self, how: str, code: int) -> None:
         """Leaves together: no process says that it is done before all are."""
@@ -317,21 +326,23 @@ class Job:
             self.watch.wait_to_be_heard()
         os._exit(EXIT_PREEMPTED)
 
-    def _coordinator_gone(self) -> None:
-        """Called instead of abort(), which is how JAX ends a process without its coordinator."""
-        time.sleep(1)  # its last word, if it had one, may be on its way
-        missing = self.watch.missing()
-        if missing and not self.watch.started:
-            lost = (
-                f"Waited {self._seconds} s (config.cluster.start_seconds) for all {self.count} "
-                f"processes; missing: {', '.join(map(str, missing))}. Look at their logs, or at "
-                "the coordinator's address."
+    def _jax_gave_up(self) -> None:
+        """Called before abort(), which is how JAX ends a process whose coordinator is gone.
+
+        Ends the process with the name of the one that is lost. Returns if none is: then the
+        abort was for another reason, and takes its course.
+        """
+        if self.watch.ended is not None:
+            os._exit(self.watch.ended[1])  # all was done
+        if not self.watch.started:
+            time.sleep(1)  # who is there may not have been seen yet
+            missing = ", ".join(map(str, self.watch.missing()))
+            self.watch.leave(
+                f"Waited {self._config.start_seconds} s (config.cluster.start_seconds) for all "
+                f"{self.count} processes; missing: {missing or 'none, now'}. Look at their logs, "
+                "or at the coordinator's address."
             )
-        elif self.is_main:
-            lost = "JAX ended this process; its message above says why."
-        else:
-            lost = f"Process 0 of {self.count}, the coordinator, is lost, or JAX says why above."
-        self.watch.leave(*self.watch.explain(lost))
+        self.watch.wait_for_verdict()
 
 
 @contextlib.contextmanager
@@ -343,18 +354,20 @@ def job(place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict) 
       workdir: of the run, shared by all processes.
       config: the group `cluster`.
     """
-    joined = None
+    joined = Job(place, workdir, config)
     try:
-        joined = Job(place, workdir, config)
-        yield joined
-        joined.finish("done", EXIT_DONE)
-        return
-    except Preempted as stop:
-        writers.say(f"{stop} The same command goes on from there.")
-        joined.finish("preempted", EXIT_PREEMPTED)
-        code = EXIT_PREEMPTED
+        joined.join()
+        how, code = "done", EXIT_DONE
+        try:
+            yield joined
+        except Preempted as stop:
+            writers.say(f"{stop} The same command goes on from there.")
+            how, code = "preempted", EXIT_PREEMPTED
+        joined.finish(how, code)
+        if code == EXIT_DONE:
+            return
     except BaseException as error:
-        if joined is None:
+        if joined.watch is None:
             raise
         code = joined.fail(error)
     if joined.count == 1:
@@ -429,15 +442,12 @@ _handlers = []  # ctypes does not hold them
 def _on_abort(handler) -> None:
     """Calls `handler` where a library calls abort(): JAX does, when the coordinator is gone.
 
-    In the thread that aborts, which is not inside Python. `handler` must end the process.
+    In the thread that aborts, which is not inside Python. abort() goes on if it returns.
     """
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handle(number):
-        try:
-            handler()
-        finally:
-            os._exit(EXIT_LOST)
+        handler()
 
     _handlers.append(handle)
     libc = ctypes.CDLL(None)

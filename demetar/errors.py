@@ -37,8 +37,6 @@ class NoProgress(UserError):
 class Preempted(Exception):
     """Asked to stop; what had to be saved is saved, and the message says where."""
 
-    exit_code = EXIT_PREEMPTED
-
 
 def suggest(name: str, known) -> str:
     """`" did you mean 'homo'?"` when something known is close to `name`, else `""`."""

@@ -86,7 +86,7 @@ class Evaluator:
         everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
         jitted = jax.jit(
             make_eval_step(experiment.model, mesh, specs, experiment.dataset.metric),
-            in_shardings=(sharding.named(mesh, specs), split, split),
+            in_shardings=(sharding.named(mesh, specs), split, sharding.over_all(mesh)),
             out_shardings=everywhere,
         )
         watch = None if job is None else job.watch

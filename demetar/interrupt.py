@@ -3,7 +3,8 @@
 Until all processes have started there is nothing to save, and a signal ends this one at
 once; the others see that it said goodbye and follow. Afterwards a signal only sets a flag,
 which every step adds up over all processes (`sharding.flags`), so that they all stop at the
-same step. A second signal exits immediately; the last checkpoint stays whole.
+same step. A second signal, two seconds later or more, exits immediately; the last checkpoint
+stays whole.
 
 A thread reacts, not Python's handler: that one would wait for the main thread, which may sit
 in a collective that never ends.
@@ -12,10 +13,13 @@ in a collective that never ends.
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 from demetar.errors import EXIT_PREEMPTED
 
+# Schedulers say one thing twice: SIGTERM to the processes, and to a script that forwards it.
+_ONE_REQUEST_SECONDS = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -27,7 +31,7 @@ class Interruption:
     """
 
     def __init__(self, leave: Callable[[str], None]):
-        self.requested = ""
+        self.requested, self._since = "", 0.0
         self._leave = leave
         self._deferred = False
 
@@ -55,9 +59,11 @@ class Interruption:
 
     def _handle(self, name: str) -> None:
         if self.requested:
+            if time.monotonic() - self._since < _ONE_REQUEST_SECONDS:
+                return
             os.write(2, f"\n{name} again: exiting at once.\n".encode())
             os._exit(EXIT_PREEMPTED)
-        self.requested = name
+        self.requested, self._since = name, time.monotonic()
         if not self._deferred:
             self._leave(f"{name} before the first step: there was nothing to save.")
         os.write(2, f"\n{name}: finishing the step and saving; once more exits at once.\n".encode())

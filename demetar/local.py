@@ -49,16 +49,17 @@ class LocalJob:
         self.processes, self._tails, self._readers = [], [], []
         self.first_to_fail: int | None = None
         for number in range(count):
-            command = [sys.executable, "-m", "demetar.main", *arguments]
-            if count > 1:
-                command += [
-                    f"--coordinator_address={address}",
-                    f"--num_processes={count}",
-                    f"--process_id={number}",
-                ]
-            environment = os.environ | (
-                {"JAX_LOCAL_DEVICE_IDS": str(number)} if gpus else {"JAX_PLATFORMS": "cpu"}
-            )
+            # Also for one process: on a machine of a cluster it must not look for others.
+            place = [f"--coordinator_address={address}", f"--num_processes={count}"]
+            command = [sys.executable, "-m", "demetar.main", *place, f"--process_id={number}"]
+            command += arguments  # the caller's own place, if any, wins
+            if not gpus:
+                more = {"JAX_PLATFORMS": "cpu"}
+            elif count == 1:
+                more = {"CUDA_VISIBLE_DEVICES": "0"}
+            else:
+                more = {"JAX_LOCAL_DEVICE_IDS": str(number)}
+            environment = os.environ | more
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -145,16 +146,19 @@ def main(arguments: list[str]) -> int:
     kind.add_argument("--cpu", type=int, metavar="N", help="N processes on the CPU")
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help="start again so often")
     options, rest = parser.parse_known_args(arguments)
-    asked_to_stop = []
-    while True:
-        job = LocalJob(rest, options.gpus or options.cpu, gpus=bool(options.gpus))
+    asked_to_stop, job = [], None
 
-        def forward(number, frame, job=job):
-            asked_to_stop.append(number)
+    def forward(number, frame):
+        asked_to_stop.append(number)
+        if job is not None:
             job.signal(number)
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, forward)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, forward)
+    while True:
+        job = LocalJob(rest, options.gpus or options.cpu, gpus=bool(options.gpus))
+        if asked_to_stop:  # while it was being started
+            job.signal(signal.SIGTERM)
         code = job.wait()
         if code in (EXIT_PREEMPTED, EXIT_LOST) and options.restarts > 0 and not asked_to_stop:
             options.restarts -= 1

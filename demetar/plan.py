@@ -14,6 +14,7 @@ so; a roofline is the fastest a machine could be, not what it will be.
 
 import base64
 import dataclasses
+import functools
 import html
 import importlib.util
 import io
@@ -93,12 +94,14 @@ class Collective:
       group: how many chips take part.
       near: how many of a group share a node.
       payload: bytes of the whole array, summed or gathered.
+      over_data: whether a group crosses copies of the state.
     """
 
     name: str
     group: int
     near: int
     payload: float
+    over_data: bool = False
 
     def seconds(self, chip: Accelerator) -> float:
         """Rings within the nodes, then between them, each chip with its part; twice to sum.
@@ -175,17 +178,16 @@ def abstract_batch(experiment: Experiment, bucket: int):
 def abstract_arguments(experiment: Experiment, bucket: int):
     """What the train step takes, as shapes."""
     mesh = experiment.mesh
-    parts = (sharding.batch_parts(mesh),)
     return (
         experiment.abstract_state(),
         abstract_batch(experiment, bucket),
-        jax.ShapeDtypeStruct(parts, np.float32, sharding=sharding.over_batch(mesh)),
+        jax.ShapeDtypeStruct((mesh.size,), np.float32, sharding=sharding.over_all(mesh)),
         jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh)),
     )
 
 
-def collectives(text: str, chips: int, chips_near: int) -> list[Collective]:
-    """Of a compiled program's text."""
+def collectives(text: str, chips: int, chips_near: int, unit: int) -> list[Collective]:
+    """Of a compiled program's text; `unit` chips hold one copy of the state."""
     found = []
     pattern = rf"= (.+?) ({_COLLECTIVES})(-start)?\((.*)"
     for shapes, name, start, rest in re.findall(pattern, text):
@@ -199,7 +201,8 @@ def collectives(text: str, chips: int, chips_near: int) -> list[Collective]:
         members = _first_group(rest, chips)
         payload = sum(arrays) * (len(members) if name == "reduce-scatter" else 1)
         near = int(np.bincount(members // chips_near).max())
-        found.append(Collective(name, len(members), near, payload))
+        over_data = len(set(members // unit)) > 1
+        found.append(Collective(name, len(members), near, payload, over_data))
     return found
 
 
@@ -244,7 +247,7 @@ class Plan:
     def chips(self) -> int:
         return self.experiment.mesh.size
 
-    @property
+    @functools.cached_property
     def batches(self) -> BatchPlan:
         experiment = self.experiment
         return BatchPlan(
@@ -277,18 +280,28 @@ class Plan:
         """(chips, efficiency): the batch of each chip kept, only the axis `data` growing."""
         shape = self.experiment.mesh.shape
         unit = shape["fsdp"] * shape["model"]
-        copies_near = max(1, self.chip.chips_near // unit)
-        # Over `data`: the gradients of each part of the state, summed over its copies.
-        gradient_bytes = 4 * self.num_parameters / unit
-        within = [c for c in self.collectives if c.group <= unit and unit > 1]
-        fixed = self.compute_seconds() + sum(c.seconds(self.chip) for c in within)
-
-        def seconds(copies: int) -> float:
-            near = min(copies, copies_near)
-            return fixed + Collective("all-reduce", copies, near, gradient_bytes).seconds(self.chip)
-
         powers = range(int(math.log2(_MAX_CHIPS // unit)) + 1)
-        return [(unit * 2**k, seconds(1) / seconds(2**k)) for k in powers]
+        return [(unit * 2**k, self.step_seconds(1) / self.step_seconds(2**k)) for k in powers]
+
+    def step_seconds(self, copies: int) -> float:
+        """Of a step with so many copies of the state, as many graphs on each chip as here."""
+        shape = self.experiment.mesh.shape
+        unit = shape["fsdp"] * shape["model"]
+        across = [c for c in self.collectives if c.over_data]
+        if shape["data"] == 1:  # none to look at: gradients of each part of the state
+            across = [Collective("all-reduce", 1, 1, 4 * self.num_parameters / unit)]
+        seconds = self.compute_seconds()
+        seconds += sum(c.seconds(self.chip) for c in self.collectives if not c.over_data)
+        for c in across:
+            group = c.group // shape["data"] * copies
+            stride = self.chips // c.group if shape["data"] > 1 else unit
+            near = min(group, max(1, self.chip.chips_near // stride))
+            seconds += dataclasses.replace(c, group=group, near=near).seconds(self.chip)
+        return seconds
+
+
+class DoesNotFit(UserError):
+    """The compiler itself found too little memory."""
 
 
 def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
@@ -301,7 +314,12 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
     arguments = abstract_arguments(experiment, buckets[-1])
     # float32 products of GPUs, sharded over `model`, fail to lower with Triton.
     options = {"xla_gpu_enable_triton_gemm": False} if chip.kind == "cuda" else {}
-    compiled = step.lower(*arguments).compile(compiler_options=options)
+    try:
+        compiled = step.lower(*arguments).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise DoesNotFit(str(error).splitlines()[0][:300]) from error
+        raise
     found = compiled.memory_analysis()
     memory = {
         "state, batch and results": found.argument_size_in_bytes
@@ -316,7 +334,9 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
     width = np.dtype(experiment.model.dtype).itemsize
     step_bytes = [c.matmul_bytes + width * c.other + state_bytes for c in counted]
     source = "counted: matrix products, the state, and every other result written once"
-    if cost.get("bytes accessed"):
+    # A loop's body is in the compiler's sums once, however often it runs.
+    once = config.train.accumulation == 1
+    if once and cost.get("bytes accessed"):
         largest = cost["bytes accessed"] * chips
         step_bytes = [largest * b / step_bytes[-1] for b in step_bytes]
         source = "compiler, for the largest bucket; scaled by the count for the others"
@@ -326,10 +346,15 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
         chip=chip,
         memory=memory | {"all": sum(memory.values())},
         counted=counted,
-        compiler_flops=cost["flops"] * chips if cost.get("flops", 0) > 0 else None,
+        compiler_flops=cost["flops"] * chips if once and cost.get("flops", 0) > 0 else None,
         step_bytes=step_bytes,
         bytes_source=source,
-        collectives=collectives(compiled.as_text(), chips, chip.chips_near),
+        collectives=collectives(
+            compiled.as_text(),
+            chips,
+            chip.chips_near,
+            config.mesh.fsdp * config.mesh.model,
+        ),
     )
 
 
@@ -485,12 +510,17 @@ def _main(argv) -> None:
     config.mesh.cpu_devices = 0
     chip, devices = planned_devices(_TOPOLOGY.value)
     runtime.configure(config)
-    plan = make_plan(config, _TOPOLOGY.value, chip, devices)
-    if plan.memory["all"] > chip.memory_bytes:
+    try:
+        plan = make_plan(config, _TOPOLOGY.value, chip, devices)
+        needs = plan.memory["all"] if plan.memory["all"] > chip.memory_bytes else None
+        needs = needs and f"a chip would need {_gib(needs)}"
+    except DoesNotFit as error:
+        needs = f"the compiler gave up ({error})"
+    if needs:
         say("Does not fit; trying what would ...")
         fitting = remedies(config, _TOPOLOGY.value, chip, devices)
         raise UserError(
-            f"{_TOPOLOGY.value}: a chip would need {_gib(plan.memory['all'])}, it has "
+            f"{_TOPOLOGY.value}: {needs}; it has "
             f"{_gib(chip.memory_bytes)}. Each of these fits: {'; '.join(fitting) or 'none tried'}."
         )
     rows = report(plan)

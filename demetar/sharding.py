@@ -165,6 +165,11 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def over_all(mesh: Mesh) -> NamedSharding:
+    """Splits a leading axis over every device."""
+    return NamedSharding(mesh, P(AXES))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -229,14 +234,14 @@ def sum_gradients(gradients, sums, specs):
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """A batch must give every device the same number of graphs in every micro-batch."""
+    """A batch must give every part of the mesh the same number of graphs in every micro-batch."""
     devices = batch_parts(mesh)
     parts = devices * accumulation
     if batch_size < 1 or batch_size % parts:
         below = max(parts, batch_size // parts * parts)
         raise UserError(
             f"{name} ({batch_size}) must be a positive multiple of {parts} = {devices} "
-            f"devices x {accumulation} accumulation steps; the nearest are {below} and "
+            f"(data x fsdp) x {accumulation} accumulation steps; the nearest are {below} and "
             f"{math.ceil((batch_size + 1) / parts) * parts}."
         )
 
@@ -269,14 +274,14 @@ def to_devices(tree, mesh: Mesh, batch_size: int):
 
 @functools.lru_cache(maxsize=4)
 def flags(mesh: Mesh, raised: bool) -> jax.Array:
-    """One number for each part of a batch, 1 where this process raises its flag.
+    """One number for each device, 1 where its process raises its flag.
 
     A step adds them up, so that all processes learn in the same step that one was asked to
-    stop, at no collective of its own.
+    stop, at no collective of its own. Over all three axes: processes that share the graphs of
+    a batch, where `model` spans processes, may not be asked at the same moment.
     """
-    parts = batch_parts(mesh)
-    value = np.full(parts, raised, np.float32)
-    return jax.make_array_from_callback((parts,), over_batch(mesh), lambda index: value[index])
+    value = np.full(mesh.size, raised, np.float32)
+    return jax.make_array_from_callback((mesh.size,), over_all(mesh), lambda index: value[index])
 
 
 def to_host(tree):

@@ -2,7 +2,7 @@
 
 Law 4: sums and counts leave the step. The gradient is that of the masked *sum* of the
 loss, divided afterwards by the nominal batch size, so that padding weighs nothing, a batch
-of three leftover graphs is not a full step, and one all-reduce does for everything.
+of three leftover graphs is not a full step, and one all-reduce does for all that is repeated.
 
 Each device computes its own graphs under `jax.shard_map`, so the collectives over `data` and
 `fsdp` are those written in `demetar.sharding` and no others; only the axis `model`, if any, is

@@ -46,7 +46,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     experiment = build_experiment(config)
     if job.is_main:
         prepare_workdir(workdir, experiment.identity)
-    if (workdir / "result.json").exists():
+    if job.decide("finished", (workdir / "result.json").exists()):
         say(f"The run in {workdir} is finished: see result.json. Nothing to do.")
         return report.read_json(workdir / "result.json")
     plan = BatchPlan(
@@ -62,6 +62,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     ### State: restored from this workdir or, where there is nothing, created.
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, job)
     first_step = checkpoints.latest_step() or 0
+    job.watch.phase("data", first_step)
     job.check_progress(first_step)
     job.agree(
         experiment.identity
@@ -158,7 +159,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     write.close()
     result = {}
     if not stop:
-        best_step = checkpoints.best_step()
+        best_step = progress["best_step"]
         best = checkpoints.restore(best_step, experiment.abstract_state())
         result = save_result(
             workdir,
@@ -214,12 +215,13 @@ def jitted_train_step(experiment: Experiment):
         accumulation=config.train.accumulation,
     )
     everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
+    asked = sharding.over_all(mesh)
     state = sharding.named(mesh, specs)
     sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split, stop=everywhere)
     return jax.jit(
         step,
         donate_argnums=0,
-        in_shardings=(state, split, split, everywhere),
+        in_shardings=(state, split, asked, everywhere),
         out_shardings=(state, sums),
     )
 

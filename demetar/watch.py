@@ -10,8 +10,8 @@ name of the process behind it, when
 - the job hangs: all are alive, but no phase or step of any has changed for `stuck_seconds`.
 
 Files, not the coordinator of `jax.distributed`: they outlive process 0, can be read by a
-person, and serve as heartbeat for Kubernetes (their time of change). Nothing compares clocks
-of different machines. A process that holds the interpreter's lock for ever cannot watch
+person, and serve as heartbeat for Kubernetes (their time of change). This module compares no
+clocks of different machines. A process that holds the interpreter's lock for ever cannot watch
 itself; `faulthandler` then dumps its stacks and ends it.
 """
 
@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import socket
 import threading
 import time
@@ -32,6 +33,7 @@ from demetar.errors import EXIT_DONE, EXIT_LOST, EXIT_PREEMPTED, UserError
 # These may take as long as they take. Compiling and saving have no sign of life to show.
 _UNLIMITED = ("start", "data", "compile", "save", "report")
 _GRACE_SECONDS = 5  # for this process to end by itself, once another has ended
+_LEASE_SECONDS = 120  # after which a file server forgets the locks of a machine that is gone
 _BYTES = 1024  # of a file: fixed, so that a full disk cannot stop a heartbeat
 
 
@@ -104,7 +106,11 @@ class Watch:
         """The last word: `done`, `preempted`, or what failed. Others follow it."""
         self._ended = (how, code)
         self._beat()
+        self._disarm()
+
+    def _disarm(self) -> None:
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def wait_to_be_heard(self) -> None:
         """Gives the others the time to read the last word, before process 0 takes the coordinator
@@ -118,19 +124,10 @@ class Watch:
         """Processes that have not shown themselves since this one began to look."""
         return [number for number, peer in self._peers.items() if not peer.seen]
 
-    def explain(self, lost: str) -> tuple[str, int]:
-        """What happened to the others, and the exit code that follows: for when `jax` gave up.
-
-        Args:
-          lost: what to say where their files do not tell.
-        """
-        if self._ended is not None:
-            return "", self._ended[1]
-        self._read_peers()
-        for number, peer in self._peers.items():
-            if peer.seen and "ended" in peer.facts:
-                return self._about_ended(number, peer), peer.facts["code"] or EXIT_LOST
-        return lost, EXIT_LOST
+    @property
+    def ended(self) -> tuple[str, int] | None:
+        """The last word and the exit code, once said."""
+        return self._ended
 
     def wait_for_verdict(self) -> None:
         """Waits while the thread may still find out that another process is behind an error."""
@@ -147,20 +144,36 @@ class Watch:
             (self._folder.parent / "logs").mkdir(exist_ok=True)
             path = self._folder / f"{self._process}.json"
             path.touch()
-            file = path.open("r+b", buffering=0)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            other = _parse(path.read_text())
-            raise UserError(
-                f"Another job works in {self._folder.parent}: process {other.get('pid')} on host "
-                f"{other.get('host')}. Wait for it, stop it, or choose another --workdir."
-            ) from error
+            # Written through: other machines see it, not only this one's cache.
+            number = os.open(path, os.O_RDWR | getattr(os, "O_DSYNC", 0))
+            file = os.fdopen(number, "r+b", buffering=0)
+            self._lock_own_file(file, path)
         except OSError as error:
             raise UserError(
                 f"The workdir {self._folder.parent} cannot be written: {error}. Choose another "
                 "--workdir."
             ) from error
         return file
+
+    def _lock_own_file(self, file, path: pathlib.Path) -> None:
+        """Refuses a folder that a living process has; a dead machine's lock is waited for."""
+        seen, deadline = path.read_text(), time.monotonic() + _LEASE_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError as error:
+                text = path.read_text()
+                if text == seen and time.monotonic() < deadline:
+                    time.sleep(0.5)
+                    continue
+                other = _parse(text)
+                raise UserError(
+                    f"Another job works in {self._folder.parent}: process {other.get('pid')} on "
+                    f"host {other.get('host')}. Wait for it, stop it, or choose another --workdir."
+                ) from error
+            except OSError:
+                return  # a filesystem without locks
 
     def _beat(self) -> None:
         with self._lock:
@@ -192,9 +205,14 @@ class Watch:
             time.sleep(self._interval)
             if self._ended is not None:
                 return
-            faulthandler.dump_traceback_later(
-                self._stuck_seconds + self._lost_seconds, exit=True, file=self._stacks
-            )
+            # For a process that cannot run this thread any more: stacks, then SIGALRM, which
+            # ends it as lost, not as failed.
+            patience = self._stuck_seconds + self._lost_seconds
+            faulthandler.dump_traceback_later(patience, file=self._stacks)
+            signal.setitimer(signal.ITIMER_REAL, patience + 1)
+            if self._ended is not None:
+                self._disarm()
+                return
             self._beat()
             self._read_peers()
             self._judge()

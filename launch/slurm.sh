@@ -26,7 +26,8 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 # shellcheck source=launch/gpu_flags.sh
 [ -z "${GPU_FLAGS:-}" ] || . launch/gpu_flags.sh
 
-trap 'kill -USR1 "$job"' USR1 TERM
+job=
+trap '[ -z "$job" ] || kill -USR1 "$job"' USR1 TERM
 # No --kill-on-bad-exit: it would kill processes that are saving, and hide the code 75 behind 137. They
 # watch each other, and end by themselves; --wait is for one that cannot.
 srun --kill-on-bad-exit=0 --wait=180 --gpu-bind=none python -m demetar.main "$@" &

@@ -5,7 +5,7 @@
 #
 # NAME is a TPU VM on which the repository lies in ~/demetar with its .venv (pip install -e ".[tpu,qm9]"),
 # and the workdir on a disk that all hosts share. After a preemption, create the TPU again and give
-# the same command. A host that loses another (76) starts again with all of them, ten times at most.
+# the same command. Hosts that lose another (76) start again with it, ten times at most, as one that is killed does.
 set -eu
 name=${1:?name of the TPU VM}
 zone=${2:?its zone}
@@ -13,5 +13,5 @@ shift 2
 printf -v arguments '%q ' "$@"
 # shellcheck disable=SC2016  # $try and $? are for the remote shell
 remote='cd demetar && . .venv/bin/activate && for try in $(seq 11); do
-  python -m demetar.main '"$arguments"'; code=$?; [ $code -eq 76 ] || exit $code; sleep 30; done; exit $code'
+  python -m demetar.main '"$arguments"'; code=$?; [ $code -eq 76 ] || [ $code -gt 128 ] || exit $code; sleep 30; done; exit $code'
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$remote"

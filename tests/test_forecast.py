@@ -52,7 +52,7 @@ def chip():
 
 def test_collectives_of_a_compiled_program(dataset):
     experiment = make_experiment(dataset, (2, 4, 1))
-    [*found] = plan.collectives(lower(experiment).compile().as_text(), 8, chips_near=4)
+    found = plan.collectives(lower(experiment).compile().as_text(), 8, chips_near=4, unit=4)
     params = jax.tree.leaves(experiment.abstract_state().params)
     specs = jax.tree.leaves(experiment.state_specs.params)
     divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
@@ -61,7 +61,32 @@ def test_collectives_of_a_compiled_program(dataset):
         assert sum(c.payload for c in of_name) == 4 * divided
         assert {(c.group, c.near) for c in of_name} == {(4, 4)}  # neighbours share a node
     over_data = [c for c in found if c.group == 2]
-    assert over_data and all(c.near == 1 for c in over_data)  # copies are on other nodes
+    assert over_data and all(c.near == 1 and c.over_data for c in over_data)  # on other nodes
+    assert not any(c.over_data for c in found if c.group == 4)
+
+
+def test_scaling_agrees_with_the_predicted_step(dataset, chip):
+    """With the copies that the mesh has, the formula for n copies gives this very step."""
+    for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+        experiment = make_experiment(dataset, mesh)
+        text = lower(experiment).compile().as_text()
+        counted = [flops.Count(1e9, 0.0, 1e6)]
+        found = plan.Plan(
+            experiment=experiment,
+            topology="",
+            chip=chip,
+            memory={},
+            counted=counted,
+            compiler_flops=None,
+            step_bytes=[1e6],
+            bytes_source="",
+            collectives=plan.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
+        )
+        predicted = found.compute_seconds() + found.communication_seconds()
+        assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
+        chips, efficiency = zip(*found.scaling(), strict=True)
+        assert chips[0] == 8 // mesh[0] and chips[-1] == 1024 and efficiency[0] == 1
+        assert sorted(efficiency, reverse=True) == list(efficiency)
 
 
 @pytest.mark.parametrize(
