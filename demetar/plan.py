@@ -304,22 +304,21 @@ class DoesNotFit(UserError):
     """The compiler itself found too little memory."""
 
 
-def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
-    """Compiles the step of the largest bucket, and counts all of them."""
-    experiment = build_experiment(config, devices)
-    step = jitted_train_step(experiment)
-    buckets = range(len(experiment.dataset.buckets))
-    say(f"Counting {len(buckets)} buckets, compiling the largest for {len(devices)} chips ...")
-    counted = [flops.count(step, *abstract_arguments(experiment, b)) for b in buckets]
-    arguments = abstract_arguments(experiment, buckets[-1])
+def compile_largest(experiment: Experiment, chip: Accelerator):
+    """The train step of the largest bucket, compiled for the planned devices."""
+    arguments = abstract_arguments(experiment, len(experiment.dataset.buckets) - 1)
     # float32 products of GPUs, sharded over `model`, fail to lower with Triton.
     options = {"xla_gpu_enable_triton_gemm": False} if chip.kind == "cuda" else {}
     try:
-        compiled = step.lower(*arguments).compile(compiler_options=options)
+        return jitted_train_step(experiment).lower(*arguments).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0][:300]) from error
         raise
+
+
+def memory_of(compiled) -> dict[str, float]:
+    """Bytes of each chip, by the compiler."""
     found = compiled.memory_analysis()
     memory = {
         "state, batch and results": found.argument_size_in_bytes
@@ -328,9 +327,21 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
         "temporaries": found.temp_size_in_bytes,
         "program": found.generated_code_size_in_bytes,
     }
+    return memory | {"all": sum(memory.values())}
+
+
+def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
+    """Compiles the step of the largest bucket, and counts all of them."""
+    experiment = build_experiment(config, devices)
+    step = jitted_train_step(experiment)
+    buckets = range(len(experiment.dataset.buckets))
+    say(f"Counting {len(buckets)} buckets, compiling the largest for {len(devices)} chips ...")
+    counted = [flops.count(step, *abstract_arguments(experiment, b)) for b in buckets]
+    compiled = compile_largest(experiment, chip)
+    memory = memory_of(compiled)
     cost = compiled.cost_analysis() or {}
     chips = experiment.mesh.size
-    state_bytes = 2 * found.argument_size_in_bytes * chips
+    state_bytes = 2 * compiled.memory_analysis().argument_size_in_bytes * chips
     width = np.dtype(experiment.model.dtype).itemsize
     step_bytes = [c.matmul_bytes + width * c.other + state_bytes for c in counted]
     source = "counted: matrix products, the state, and every other result written once"
@@ -344,7 +355,7 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
         experiment=experiment,
         topology=topology,
         chip=chip,
-        memory=memory | {"all": sum(memory.values())},
+        memory=memory,
         counted=counted,
         compiler_flops=cost["flops"] * chips if once and cost.get("flops", 0) > 0 else None,
         step_bytes=step_bytes,
@@ -360,34 +371,48 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
 
 def remedies(config, topology: str, chip: Accelerator, devices) -> list[str]:
     """Settings that make a config fit, each tried with the compiler; one of each kind."""
-    found = []
-    parts = len(devices) // (config.mesh.fsdp * config.mesh.model) * config.mesh.fsdp
-    batch, accumulation, fsdp = config.data.batch_size, config.train.accumulation, config.mesh.fsdp
-    options = {
-        "--batch={}": [batch // 2**k for k in range(1, 12) if batch // 2**k % parts == 0],
-        "--config.train.accumulation={}": [
-            a for k in range(1, 12) if batch % (parts * (a := accumulation * 2**k)) == 0
-        ],
-        "--config.mesh.fsdp={}": [
-            f for k in range(1, 12) if len(devices) % ((f := fsdp * 2**k) * config.mesh.model) == 0
-        ],
+    mesh, batch = config.mesh, config.data.batch_size
+    parts = len(devices) // mesh.model  # of a batch
+    factors = [2**k for k in range(1, 8)]
+    kinds = {
+        "batch": (
+            "--batch={}",
+            [batch // f for f in factors if batch % f == 0 and batch // f % parts == 0],
+            lambda trial, value: trial.data.update({"batch_size": value}),
+        ),
+        "accumulation": (
+            "--config.train.accumulation={}",
+            [
+                config.train.accumulation * f
+                for f in factors
+                if batch % (parts * config.train.accumulation * f) == 0
+            ],
+            lambda trial, value: trial.train.update({"accumulation": value}),
+        ),
+        "fsdp": (
+            "--config.mesh.fsdp={}",
+            [mesh.fsdp * f for f in factors if parts % (mesh.fsdp * f) == 0],
+            lambda trial, value: trial.mesh.update({"fsdp": value, "data": -1}),
+        ),
     }
-    for text, values in options.items():
-        for value in values:
+    found = []
+    for text, values, change in kinds.values():
+        # The strongest first: where that does not fit, nothing of this kind does.
+        fitting = None
+        for value in reversed(values):
             trial = config.copy_and_resolve_references()
             with trial.unlocked():
-                if "batch" in text:
-                    trial.data.batch_size = value
-                elif "accumulation" in text:
-                    trial.train.accumulation = value
-                else:
-                    trial.mesh.update({"fsdp": value, "data": -1})
+                change(trial, value)
+            say(f"Trying {text.format(value)} ...")
             try:
-                if make_plan(trial, topology, chip, devices).memory["all"] <= chip.memory_bytes:
-                    found.append(text.format(value))
-                    break
+                compiled = compile_largest(build_experiment(trial, devices), chip)
             except UserError:
-                continue
+                break
+            if memory_of(compiled)["all"] > chip.memory_bytes:
+                break
+            fitting = text.format(value)
+        if fitting:
+            found.append(fitting)
     return found
 
 
@@ -510,6 +535,8 @@ def _main(argv) -> None:
     config.mesh.cpu_devices = 0
     chip, devices = planned_devices(_TOPOLOGY.value)
     runtime.configure(config)
+    # What is compiled for another machine cannot be read back on this one.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         plan = make_plan(config, _TOPOLOGY.value, chip, devices)
         needs = plan.memory["all"] if plan.memory["all"] > chip.memory_bytes else None
@@ -521,7 +548,8 @@ def _main(argv) -> None:
         fitting = remedies(config, _TOPOLOGY.value, chip, devices)
         raise UserError(
             f"{_TOPOLOGY.value}: {needs}; it has "
-            f"{_gib(chip.memory_bytes)}. Each of these fits: {'; '.join(fitting) or 'none tried'}."
+            f"{_gib(chip.memory_bytes)}. Each of these fits: "
+            f"{'; '.join(fitting) or 'none of those tried'}."
         )
     rows = report(plan)
     width = max(len(name) for name, _ in rows)
