@@ -30,6 +30,7 @@ from demetar.verify_resume import (
 from demetar.writers import say
 
 _EVERY = 5  # steps between checkpoints
+_STARTUP_SECONDS = 12.0  # in which early kills fall
 
 
 def phases(workdir: pathlib.Path) -> list[str]:
@@ -44,12 +45,12 @@ def phases(workdir: pathlib.Path) -> list[str]:
     return found
 
 
-def kill_once(job: LocalJob, workdir: pathlib.Path, rng: random.Random, startup: float) -> dict:
+def kill_once(job: LocalJob, workdir: pathlib.Path, rng: random.Random) -> dict:
     """Waits for a random moment, kills one process or all, and waits for the others' end."""
     started, from_step = time.monotonic(), logged_step(workdir)
     if rng.random() < 0.3:  # while it starts, compiles or restores
         moment = lambda: time.monotonic() - started > delay
-        delay = rng.random() * startup
+        delay = rng.random() * _STARTUP_SECONDS
     else:  # some steps further on
         moment = lambda: logged_step(workdir) >= from_step + ahead
         ahead = rng.randrange(1, 2 * _EVERY)
@@ -82,9 +83,7 @@ def chaos(folder: pathlib.Path, arguments: list[str], kills: int, steps: int, co
     undisturbed = time.monotonic() - started
     rng, attempts = random.Random(seed), []
     while len(attempts) < kills:
-        attempts.append(
-            kill_once(run_to(broken, arguments, steps, _EVERY, count), broken, rng, 12.0)
-        )
+        attempts.append(kill_once(run_to(broken, arguments, steps, _EVERY, count), broken, rng))
         last, spent = attempts[-1], time.monotonic() - started - undisturbed
         left = spent / len(attempts) * (kills - len(attempts))
         say(

@@ -1,9 +1,9 @@
-"""The processes of a job: how each finds its place, how they start, agree and end together.
+"""The processes of a job: how they start, agree and end together.
 
 The only module that knows `jax.distributed`. A job of one process is the same code with
 nobody to wait for.
 
-    with cluster.job(...) as job:       finds its place, joins the others, watches them
+    with cluster.job(...) as job:       joins the others at its place, watches them
         ... data, model ...
         job.agree(facts)                all have the same config, code, data, plan, checkpoint
         ... training; job.interruption.requested, job.watch.phase(...) ...
@@ -12,10 +12,7 @@ nobody to wait for.
 
 import contextlib
 import ctypes
-import dataclasses
-import glob
 import hashlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -24,7 +21,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax
 import ml_collections
@@ -41,90 +38,10 @@ from demetar.errors import (
     UserError,
 )
 from demetar.interrupt import Interruption
+from demetar.place import Place
 from demetar.watch import Watch
 
 _MAX_FAILURES = 3  # at one step
-_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where this process stands.
-
-    Attributes:
-      source: what said so, for a person.
-      process: its number; None where only JAX can tell (TPU).
-      count: of all processes; None likewise.
-      coordinator: `host:port`; None where JAX finds it.
-      method: name of JAX's cluster detection, or `deactivate`.
-    """
-
-    source: str
-    process: int | None = 0
-    count: int | None = 1
-    coordinator: str | None = None
-    method: str | None = "deactivate"
-
-
-def find_place(coordinator, count, process, environ: Mapping[str, str] = os.environ) -> Place:
-    """The flags, else the environment of that name, else what a cluster manager set, else alone."""
-    for names, values in (
-        (_FLAGS, (coordinator, count, process)),
-        (_ENVIRONMENT, [environ.get(name) or None for name in _ENVIRONMENT]),
-    ):
-        given = [name for name, value in zip(names, values, strict=True) if value is not None]
-        if len(given) == 3:
-            return _explicit(names, *values)
-        # JAX's own variable for the address alone is meant for detection: not an error.
-        if given and given != ["JAX_COORDINATOR_ADDRESS"]:
-            missing = [name for name in names if name not in given]
-            raise UserError(
-                f"{', '.join(given)} without {', '.join(missing)}: give all three, or none to "
-                "detect the cluster."
-            )
-    numbers = lambda *names: tuple(int(environ[name]) for name in names)
-    if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= environ.keys():
-        process, count = numbers("SLURM_PROCID", "SLURM_NTASKS")
-        return _managed(f"SLURM job {environ['SLURM_JOB_ID']}", process, count, "slurm")
-    if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= environ.keys():
-        process, count = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
-        return _managed("Open MPI", process, count, "ompi")
-    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
-        if importlib.util.find_spec("kubernetes") is None:
-            raise UserError(
-                "This is a pod of an Indexed Job, but the others cannot be looked up: install "
-                f"jax[k8s], or set {', '.join(_ENVIRONMENT)} as launch/jobset.yaml does."
-            )
-        return Place("Kubernetes", None, None, method="k8s")
-    hosts = environ.get("TPU_WORKER_HOSTNAMES") or environ.get("TPU_PROCESS_ADDRESSES") or ""
-    on_tpu = importlib.util.find_spec("libtpu") and (
-        glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
-    )
-    if "," in hosts or (on_tpu and "TPU_SKIP_MDS_QUERY" not in environ):
-        return Place("TPU", None, None, method=None)
-    return Place("one process")
-
-
-def _explicit(names, coordinator, count, process) -> Place:
-    try:
-        count, process = int(count), int(process)
-    except ValueError as error:
-        raise UserError(f"{names[1]} and {names[2]} must be whole numbers: {error}.") from error
-    if not 0 <= process < count:
-        raise UserError(
-            f"{names[2]} is {process}, but {names[1]} is {count}: the processes are numbered "
-            f"0 to {count - 1}."
-        )
-    host, _, port = str(coordinator).rpartition(":")
-    if not (host and port.isdigit()):
-        raise UserError(f"{names[0]} is {coordinator!r}; it must be host:port, as node1:29400.")
-    source = "flags" if names is _FLAGS else "environment"
-    return Place(source, process, count, coordinator if count > 1 else None)
-
-
-def _managed(name: str, process: int, count: int, method: str) -> Place:
-    return Place(name, process, count, method=method) if count > 1 else Place(f"{name}, one task")
 
 
 class Job:
@@ -194,20 +111,20 @@ class Job:
         if self.is_main:
             self._client.key_value_set("demetar/attempt", self.attempt)
             self._client.key_value_set("demetar/workdir", f"{self._workdir.absolute()}")
-        self.attempt = self._get("demetar/attempt", 0)
+        self.attempt = self._get("demetar/attempt")
         token = self._workdir / "processes" / f"attempt-{self.attempt}"
         if self.is_main:
             for old in token.parent.glob("attempt-*"):  # of earlier starts
                 old.unlink(missing_ok=True)
             token.touch()
             self._client.key_value_set("demetar/token", "written")
-        self._get("demetar/token", 0)
+        self._get("demetar/token")
         deadline = time.monotonic() + 30  # shared filesystems show new files late
         while not token.exists():
             if time.monotonic() > deadline:
                 raise UserError(
                     f"The workdir {self._workdir.absolute()} on host {socket.gethostname()} is "
-                    f"not the folder {self._get('demetar/workdir', 0)} of process 0: all "
+                    f"not the folder {self._get('demetar/workdir')} of process 0: all "
                     "processes need one --workdir on a shared filesystem."
                 )
             list(token.parent.iterdir())  # makes NFS look again
@@ -226,9 +143,9 @@ class Job:
         if self.count > 1:
             self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
             if self.is_main:
-                told = [json.loads(self._get(f"demetar/facts/{n}", n)) for n in range(self.count)]
+                told = [json.loads(self._get(f"demetar/facts/{n}")) for n in range(self.count)]
                 self._client.key_value_set("demetar/verdict", _odd_one_out(told))
-            verdict = self._get("demetar/verdict", 0)
+            verdict = self._get("demetar/verdict")
             if verdict:
                 raise UserError(verdict)
         self.interruption.defer()
@@ -237,8 +154,8 @@ class Job:
     def _client(self):
         return distributed.global_state.client
 
-    def _get(self, key: str, process: int) -> str:
-        """What `process` says under `key`; the watch ends the wait if that one is lost."""
+    def _get(self, key: str) -> str:
+        """What was said under `key`; the watch ends the wait if who should say it is lost."""
         while True:
             try:
                 return self._client.blocking_key_value_get(key, 2_000)
@@ -259,7 +176,7 @@ class Job:
             return value
         if self.is_main:
             self._client.key_value_set(f"demetar/{name}", json.dumps(value))
-        return json.loads(self._get(f"demetar/{name}", 0))
+        return json.loads(self._get(f"demetar/{name}"))
 
     def finish(self, how: str, code: int) -> None:
         """Leaves together: no process says that it is done before all are."""

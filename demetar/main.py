@@ -14,7 +14,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from demetar import cluster, runtime
+from demetar import cluster, place, runtime
 from demetar.errors import EXIT_USER_ERROR, exits_cleanly
 from demetar.train import train_and_evaluate
 
@@ -52,8 +52,8 @@ def _main(argv) -> None:
     logging.set_verbosity(logging.WARNING)  # what a person should see is said by writers.say
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir()
-    place = cluster.find_place(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
-    with cluster.job(place, workdir, config.cluster) as job:
+    here = place.find_place(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
+    with cluster.job(here, workdir, config.cluster) as job:
         runtime.configure(config)
         train_and_evaluate(config, workdir, job)
 

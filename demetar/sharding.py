@@ -212,7 +212,6 @@ def sum_gradients(gradients, sums, specs):
     """
     leaves, treedef = jax.tree.flatten(gradients)
     leaf_specs = treedef.flatten_up_to(specs)
-    is_part = ["fsdp" in spec for spec in leaf_specs]
     # The compiler's own division over `model` must not be undone by joining arrays.
     is_joined = ["fsdp" not in spec and "model" not in spec for spec in leaf_specs]
     joined, split = jax.flatten_util.ravel_pytree(
@@ -221,10 +220,10 @@ def sum_gradients(gradients, sums, specs):
     joined, sums = split(sum_over(joined, BATCH_AXES))
     joined = iter(joined)
     total = []
-    for x, spec, part, join in zip(leaves, leaf_specs, is_part, is_joined, strict=True):
+    for x, spec, join in zip(leaves, leaf_specs, is_joined, strict=True):
         if join:
             total.append(next(joined))
-        elif part:
+        elif "fsdp" in spec:
             axis = spec.index("fsdp")
             x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
             total.append(sum_over(x, ("data",)))
@@ -246,6 +245,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int =
         )
 
 
+@functools.lru_cache
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """The rows of a global batch that this process's devices hold, ascending.
 

@@ -257,8 +257,7 @@ class Watch:
 
     def leave(self, message: str, code: int = EXIT_LOST) -> NoReturn:
         """Ends this process from whatever thread: says why, and leaves its stacks in the log."""
-        if message:
-            writers.complain(message)
+        writers.complain(message)
         if code == EXIT_LOST:
             faulthandler.dump_traceback(self._stacks, all_threads=True)
         self.end("follows another process", code)

@@ -1,8 +1,8 @@
 """demetar.plan and demetar.flops: counting, reading compiled programs, predicting, refusing."""
 
-import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from test_step import lower, make_experiment
 
-from demetar import flops, plan
+from demetar import flops, plan, topology
 from demetar.errors import UserError
 from demetar.train import jitted_train_step
 
@@ -47,12 +47,12 @@ def test_count_of_the_train_step_is_near_the_compilers(dataset, mesh):
 
 @pytest.fixture
 def chip():
-    return plan.read_topology("h100:4x8")[1]
+    return topology.read_topology("h100:4x8")[1]
 
 
 def test_collectives_of_a_compiled_program(dataset):
     experiment = make_experiment(dataset, (2, 4, 1))
-    found = plan.collectives(lower(experiment).compile().as_text(), 8, chips_near=4, unit=4)
+    found = topology.collectives(lower(experiment).compile().as_text(), 8, chips_near=4, unit=4)
     params = jax.tree.leaves(experiment.abstract_state().params)
     specs = jax.tree.leaves(experiment.state_specs.params)
     divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
@@ -80,7 +80,7 @@ def test_scaling_agrees_with_the_predicted_step(dataset, chip):
             compiler_flops=None,
             step_bytes=[1e6],
             bytes_source="",
-            collectives=plan.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
+            collectives=topology.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
         )
         predicted = found.compute_seconds() + found.communication_seconds()
         assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
@@ -99,22 +99,22 @@ def test_scaling_agrees_with_the_predicted_step(dataset, chip):
     ],
 )
 def test_groups_of_a_collective(text, members):
-    assert plan._first_group(text, 8).tolist() == members
+    assert topology.first_group(text, 8).tolist() == members
 
 
 def test_time_of_a_collective_by_hand(chip):
     gigabyte = 1e9
     # 8 of one node: 7/8 of a gigabyte over NVLink, twice for a sum.
-    assert plan.Collective("all-gather", 8, 8, gigabyte).seconds(chip) == 7 / 8 / 450
-    assert plan.Collective("all-reduce", 8, 8, gigabyte).seconds(chip) == 2 * 7 / 8 / 450
+    assert topology.Collective("all-gather", 8, 8, gigabyte).seconds(chip) == 7 / 8 / 450
+    assert topology.Collective("all-reduce", 8, 8, gigabyte).seconds(chip) == 2 * 7 / 8 / 450
     # 4 nodes of 8: each GPU's eighth goes around the nodes too.
-    across = plan.Collective("all-reduce", 32, 8, gigabyte).seconds(chip)
+    across = topology.Collective("all-reduce", 32, 8, gigabyte).seconds(chip)
     assert across == pytest.approx(2 * (7 / 8 / 450 + 3 / 4 / 8 / 50))
-    assert plan.Collective("all-reduce", 1, 1, gigabyte).seconds(chip) == 0
+    assert topology.Collective("all-reduce", 1, 1, gigabyte).seconds(chip) == 0
 
 
 @pytest.mark.parametrize(
-    "topology, message",
+    "wrong, message",
     [
         ("h100", "write it as h100:4x8"),
         ("h10:4x8", "Did you mean 'h100'"),
@@ -122,19 +122,19 @@ def test_time_of_a_collective_by_hand(chip):
         ("h100:4xx", "write it as"),
     ],
 )
-def test_wrong_topology_is_explained(topology, message):
+def test_wrong_topology_is_explained(wrong, message):
     with pytest.raises(UserError, match=message):
-        plan.read_topology(topology)
+        topology.read_topology(wrong)
 
 
 def test_own_accelerator_by_its_file(tmp_path, chip):
-    fields = json.loads((plan._FOLDER / "h100.json").read_text()) | {"memory_bytes": 1 << 30}
+    fields = json.loads((topology.FOLDER / "h100.json").read_text()) | {"memory_bytes": 1 << 30}
     (tmp_path / "mine.json").write_text(json.dumps(fields))
-    name, mine, sizes = plan.read_topology(f"{tmp_path}/mine.json:2x4")
+    name, mine, sizes = topology.read_topology(f"{tmp_path}/mine.json:2x4")
     assert mine.memory_bytes == 1 << 30 and sizes == (2, 4)
     (tmp_path / "mine.json").write_text('{"kind": "cuda"}')
     with pytest.raises(UserError, match="does not describe an accelerator"):
-        plan.read_topology(f"{tmp_path}/mine.json:2x4")
+        topology.read_topology(f"{tmp_path}/mine.json:2x4")
 
 
 def command(cache_dir, *more):
@@ -148,29 +148,30 @@ def command(cache_dir, *more):
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="it is installed")
-def test_missing_compiler_says_what_to_install(cache_dir):
-    done = command(cache_dir, "--config=configs/qm9.py:smoke", "--topology=v5e:2x4")
-    assert done.returncode == 2 and 'pip install -e ".[plan-tpu]"' in done.stderr
+@pytest.mark.parametrize("name, extra", [("v5e:2x4", "plan-tpu"), ("h100:1x8", "plan-gpu")])
+def test_missing_compiler_says_what_to_install(monkeypatch, name, extra):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=re.escape(f'pip install -e ".[{extra}]"')):
+        topology.planned_devices(name)
 
 
 @pytest.mark.parametrize(
-    "topology, module", [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda12_plugin")]
+    "place, module", [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda12_plugin")]
 )
-def test_the_command_on_a_real_compiler(cache_dir, tmp_path, topology, module):
+def test_the_command_on_a_real_compiler(cache_dir, tmp_path, place, module):
     """Where the extra is installed; continuous integration has neither."""
     pytest.importorskip(module)
     page = tmp_path / "plan.html"
-    flags = ["--config=configs/qm9.py:smoke", f"--topology={topology}", f"--html={page}"]
+    flags = ["--config=configs/qm9.py:smoke", f"--topology={place}", f"--html={page}"]
     done = command(cache_dir, *flags)
     assert done.returncode == 0, done.stderr
     for words in ("parameters", "memory of a chip", "all-reduce", "PREDICTED weak scaling"):
         assert words in done.stdout
     assert page.read_text().count("<tr>") == len(done.stdout.splitlines())
-    name, chip, _ = plan.read_topology(topology)
-    fields = json.loads((plan._FOLDER / f"{name}.json").read_text()) | {"memory_bytes": 3 << 20}
+    name, chip, _ = topology.read_topology(place)
+    fields = json.loads((topology.FOLDER / f"{name}.json").read_text()) | {"memory_bytes": 3 << 20}
     if fields.get("target_config"):
-        fields["target_config"] = str(plan._FOLDER / fields["target_config"])
+        fields["target_config"] = str(topology.FOLDER / fields["target_config"])
     small = tmp_path / f"{name}.json"
     small.write_text(json.dumps(fields))
     if chip.kind == "cuda":  # a TPU's name is the compiler's own

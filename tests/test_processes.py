@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, load_module
 
-from demetar import cluster
 from demetar.errors import EXIT_LOST, UserError
 from demetar.local import LocalJob, exit_code_of
+from demetar.place import find_place
 from demetar.verify_resume import compare, latest_step, logged_step
 from demetar.writers import read_identity, read_jsonl
 
@@ -309,23 +309,21 @@ SLURM = {
     ],
 )
 def test_place_of_a_process(environ, source, process, count):
-    place = cluster.find_place(None, None, None, environ)
+    place = find_place(None, None, None, environ)
     assert (place.source, place.process, place.count) == (source, process, count)
 
 
 def test_flags_win_and_must_be_complete():
-    place = cluster.find_place("host:1", 4, 2, SLURM)
+    place = find_place("host:1", 4, 2, SLURM)
     assert (place.source, place.process, place.count, place.method) == ("flags", 2, 4, "deactivate")
     with pytest.raises(UserError, match="--num_processes without --coordinator_address, --process"):
-        cluster.find_place(None, 4, None, {})
+        find_place(None, 4, None, {})
     with pytest.raises(UserError, match="--process_id is 4, but --num_processes is 4"):
-        cluster.find_place("host:1", 4, 4, {})
+        find_place("host:1", 4, 4, {})
     with pytest.raises(UserError, match="must be host:port"):
-        cluster.find_place("host", 4, 0, {})
+        find_place("host", 4, 0, {})
     with pytest.raises(UserError, match="launch/jobset.yaml"):
-        cluster.find_place(
-            None, None, None, {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"}
-        )
+        find_place(None, None, None, {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"})
 
 
 @pytest.mark.parametrize(
