@@ -5,6 +5,7 @@
     python -m demetar.main --config=configs/qm9.py:quick        10 minutes on two CPU cores
     python -m demetar.main --config=configs/qm9.py:smoke        seconds, on 500 real molecules
     python -m demetar.main --config=configs/qm9.py:egnn         the baseline, as published
+    python -m demetar.main --config=configs/qm9.py:wide         8 layers of 256, bonds as edges
 
 Variants combine: `:quick,gap`, `:egnn,lumo`. Every value can be set:
 `--config.optim.learning_rate=1e-4`.
@@ -28,6 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
     for word in words:
         if word == "egnn":
             continue
+        elif word == "wide":
+            _wide(config)
         elif word == "quick":
             _quick(config)
         elif word == "smoke":
@@ -39,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 config.optim.learning_rate *= 0.5
                 config.optim.weight_decay = 0.0
         else:
-            known = ", ".join(("quick", "smoke", "egnn", *TARGETS))
+            known = ", ".join(("quick", "smoke", "egnn", "wide", *TARGETS))
             raise ValueError(f"configs/qm9.py has no variant {word!r}; known: {known}")
     return config
 
@@ -74,10 +77,13 @@ def _full() -> ConfigDict:
                 "mlp_ratio": 4,
                 "num_radial": 64,
                 "radial_cutoff": 8.0,  # angstrom
-                "edge_attention": "shared_node",  # full | shared_node
+                "attention": "all",  # all | edges: along the graph's edges only, for large graphs
+                "edge_attention": "shared_node",  # full | shared_node | none
                 "edge_atoms": True,
                 "pair_bias": True,
+                "environment": True,
                 "scaling": "standard",  # standard | blog
+                "remat": False,  # compute layers again in the backward pass: less memory
                 "dropout": 0.0,
                 "dtype": "float32",  # float32 | bfloat16 | float64
             },
@@ -97,6 +103,7 @@ def _full() -> ConfigDict:
                 "num_steps": 258_000,  # 300 epochs
                 "loss": "mae",  # mae | mse, of standardised targets
                 "accumulation": 1,  # micro-batches a step
+                "steps_per_call": 1,  # of the device; more than 1 needs graphs of one bucket
                 "eval_every": 4_300,
             },
             "checkpoint": {
@@ -133,6 +140,7 @@ def _egnn(config: ConfigDict) -> None:
             "width": 128,
             "num_layers": 7,
             "attention": True,
+            "remat": False,
             "dtype": "float32",
         }
     )
@@ -141,13 +149,20 @@ def _egnn(config: ConfigDict) -> None:
     config.train.num_steps = 1_042_000
 
 
+def _wide(config: ConfigDict) -> None:
+    """8 layers of 256, as TorchMD-NET's equivariant transformer: to be compared with it."""
+    config.data.edges = "bonds"
+    config.model.update({"edge_layers": 1, "node_layers": 3, "joint_layers": 4})
+    config.model.edge_attention = "full"
+
+
 def _quick(config: ConfigDict) -> None:
     """The README's main job."""
     config.data.update({"edges": "bonds", "batch_size": 64})
     if config.model.name == "demetar":
         config.model.update(
             {
-                "width": 64,
+                "width": 96,
                 "num_heads": 16,
                 "edge_layers": 1,
                 "node_layers": 1,
@@ -158,12 +173,13 @@ def _quick(config: ConfigDict) -> None:
                 "edge_attention": "full",
             }
         )
-        config.optim.update({"learning_rate": 1.5e-3, "weight_decay": 1e-2})
+        config.optim.update({"learning_rate": 1.2e-3, "weight_decay": 1e-2})
     else:
         config.data.edges = "complete"
+        config.train.accumulation = 8  # what 4 molecules need stays in the cache of a core
     config.optim.warmup_steps = 300
-    config.train.update({"num_steps": 8_000, "eval_every": 2_000})
-    config.checkpoint.every_steps = 500
+    config.train.update({"num_steps": 14_000, "eval_every": 2_000})
+    config.checkpoint.every_steps = 1_000
     config.log.every_steps = 200
     config.mesh.cpu_devices = 2
 
@@ -177,6 +193,7 @@ def _smoke(config: ConfigDict) -> None:
         config.model.update({"width": 32, "num_heads": 4, "joint_layers": 1, "num_radial": 16})
     else:
         config.model.update({"width": 16, "num_layers": 2})
+        config.train.accumulation = 1
     config.optim.warmup_steps = 10
     config.train.update({"num_steps": 40, "eval_every": 20})
     config.checkpoint.every_steps = 5

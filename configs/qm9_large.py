@@ -67,6 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "num_steps": 33_000,  # about 300 epochs
                 "loss": "mae",
                 "accumulation": 1,
+                "steps_per_call": 1,
                 "eval_every": 1_100,
             },
             "checkpoint": {"every_steps": 500, "keep_last": 2, "stop_at": 0},

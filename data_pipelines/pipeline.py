@@ -122,3 +122,13 @@ def batches(
     dataset = grain.MapDataset.source(_Batches(arrays, plan, rows, steps.stop))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(dataset[steps.start :].to_iter_dataset(options))
+
+
+def stacked(batches: list[tuple[int, Graph]]) -> tuple[int, Graph]:
+    """Several batches of one bucket as one with a leading axis; a single one stays as it is."""
+    if len(batches) == 1:
+        return batches[0]
+    join = lambda *x: None if x[0] is None else np.stack(x)
+    fields = Graph.__dataclass_fields__
+    graphs = [graph for _, graph in batches]
+    return batches[0][0], Graph(**{f: join(*(getattr(g, f) for g in graphs)) for f in fields})

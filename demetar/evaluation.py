@@ -18,6 +18,7 @@ from demetar.graph import Array
 from demetar.state import TrainState, params_sha256, state_sha256
 from demetar.step import CompiledPerBucket, make_eval_step
 from demetar.task import TargetErrors, error_scale, trivial_errors
+from demetar.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,24 @@ def error_text(dataset: Dataset, error_T) -> str:
     return f"{dataset.metric.upper()} {values}"
 
 
+def compiled_eval_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
+    """The evaluation step, compiled once per bucket."""
+    mesh, specs = experiment.mesh, experiment.state_specs.params
+    everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
+    jitted = jax.jit(
+        make_eval_step(experiment.model, mesh, specs, experiment.dataset.metric),
+        in_shardings=(sharding.named(mesh, specs), split, sharding.over_all(mesh)),
+        out_shardings=everywhere,
+    )
+    buckets = experiment.dataset.buckets
+
+    def arguments(bucket: int) -> tuple:
+        batch = experiment.abstract_batch(buckets[bucket], experiment.config.data.eval_batch_size)
+        return experiment.abstract_state().ema, batch, sharding.abstract_flags(mesh)
+
+    return CompiledPerBucket(jitted, len(buckets), watch, arguments)
+
+
 class Evaluator:
     """Evaluates weights on a split: every graph exactly once, on any number of devices.
 
@@ -82,15 +101,11 @@ class Evaluator:
 
     def __init__(self, experiment: Experiment, job: Job | None = None):
         self._experiment, self._job = experiment, job
-        mesh, specs = experiment.mesh, experiment.state_specs.params
-        everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
-        jitted = jax.jit(
-            make_eval_step(experiment.model, mesh, specs, experiment.dataset.metric),
-            in_shardings=(sharding.named(mesh, specs), split, sharding.over_all(mesh)),
-            out_shardings=everywhere,
-        )
-        watch = None if job is None else job.watch
-        self._step = CompiledPerBucket(jitted, len(experiment.dataset.buckets), watch)
+        self._step = compiled_eval_step(experiment, None if job is None else job.watch)
+
+    def compile_ahead(self, executor) -> None:
+        """See `CompiledPerBucket`."""
+        self._step.compile_ahead(executor)
 
     def run(self, params, split: str) -> Outcome | None:
         """Errors and predictions of `split`; None if a signal cut it short, on all processes."""

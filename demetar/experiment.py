@@ -11,8 +11,9 @@ import optax
 
 from data_pipelines import pipeline
 from data_pipelines.dataset import Dataset, load_dataset
+from data_pipelines.plan import Bucket
 from demetar import config as config_lib
-from demetar import sharding
+from demetar import flops, sharding
 from demetar.errors import UserError, suggest
 from demetar.models import create_model
 from demetar.optim import learning_rate, make_optimizer
@@ -76,6 +77,28 @@ class Experiment:
             sharding.named(self.mesh, self.state_specs),
         )
 
+    def abstract_batch(self, bucket: Bucket, batch_size: int):
+        """Shapes, types and shardings of a batch of a bucket."""
+        one = pipeline.gather(self.arrays, np.zeros(1, np.int64), bucket)
+        split = sharding.over_batch(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=split), one
+        )
+
+    @functools.cached_property
+    def graph_cost(self) -> flops.GraphCost:
+        """Operations of a training step, of each graph by itself: real nodes and edges alone."""
+        model = self.model.clone(remat=False) if hasattr(self.model, "remat") else self.model
+
+        def summed(params, batch):
+            return jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch).sum()
+
+        example = lambda n, e: (self._shapes.params, self.abstract_batch(Bucket(n, e), 1))
+        sizes = self.arrays.sizes
+        return flops.graph_cost(
+            jax.grad(summed), example, np.stack([sizes.num_nodes, sizes.num_edges], axis=1)
+        )
+
 
 def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experiment:
     """Builds all parts; whatever in the config is wrong is a `UserError` here.
@@ -106,6 +129,12 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
         schedule=schedule,
         tx=make_optimizer(schedule, optim.b1, optim.b2, optim.weight_decay, optim.clip_norm),
     )
+    if config.train.steps_per_call > 1 and len(dataset.buckets) > 1:
+        raise UserError(
+            f"config.train.steps_per_call ({config.train.steps_per_call}) needs graphs of one "
+            f"bucket, and the data have {len(dataset.buckets)}: set it to 1, or "
+            f"config.data.buckets to ({dataset.buckets[-1].num_nodes},)."
+        )
     heads = config.model.get("num_heads")
     sharding.check_model(mesh, experiment.abstract_state().params, heads)
     return experiment
@@ -125,8 +154,24 @@ def _check(config: ml_collections.ConfigDict, mesh) -> None:
         ("train", "num_steps"),
         ("train", "eval_every"),
         ("train", "accumulation"),
+        ("train", "steps_per_call"),
         ("checkpoint", "every_steps"),
         ("log", "every_steps"),
     ):
         if config[group][key] < 1:
             raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")
+    # Whatever happens between steps happens between calls.
+    together = train.steps_per_call
+    for group, key in (
+        ("train", "num_steps"),
+        ("train", "eval_every"),
+        ("checkpoint", "every_steps"),
+        ("checkpoint", "stop_at"),
+        ("log", "every_steps"),
+    ):
+        value = config[group][key]
+        if value % together:
+            raise UserError(
+                f"config.{group}.{key} ({value}) must be a multiple of config.train.steps_per_call "
+                f"({together}): {value - value % together} or {value + -value % together}."
+            )

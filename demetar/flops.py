@@ -3,6 +3,9 @@
 Exact for matrix products, 2 M N K each; everything else counts one operation for each element
 of its result. Over all devices of a mesh. The compiler's own count differs a little: it fuses,
 drops dead code and counts a transcendental function as it likes.
+
+`GraphCost` says what the model itself asks for, graph by graph, padding left out: the numerator
+of a share of the peak that padding, recomputation and one-hot tricks cannot raise.
 """
 
 import dataclasses
@@ -10,6 +13,11 @@ import math
 
 import jax
 import numpy as np
+
+
+# A jitted function whose name starts so moves rows by products with ones and zeros, in the place
+# of a gather or scatter: no operations of the model.
+SELECTS = "select_rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,8 @@ def _of_jaxpr(jaxpr) -> Count:
         inner = [_of_jaxpr(j) for j in _inner_jaxprs(params)]
         if name == "dot_general":
             total += _of_dot(equation)
+        elif str(params.get("name", "")).startswith(SELECTS):
+            pass
         elif name == "cond":
             total += max(inner, key=lambda c: c.total)
         elif name == "scan":
@@ -104,3 +114,60 @@ def _elements(equation) -> float:
         return 0.0
     shapes = [v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape")]
     return float(sum(math.prod(shape) for shape in shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphCost:
+    """Operations of the model in one training step, forward and backward, of single graphs.
+
+    A count of a traced model is a polynomial of the nodes n and edges e of a graph, of second
+    degree; it is found from counts at a few sizes that the data have.
+
+    Attributes:
+      matmul: coefficients of (1, n, e, n^2, n e, e^2), operations of matrix products.
+      memory: the same of bytes: products read and write, everything else is written once.
+      deviation: largest difference to a count, one of them left out of the fit, over the largest.
+    """
+
+    matmul: np.ndarray
+    memory: np.ndarray
+    deviation: float
+
+    def flops(self, num_nodes, num_edges) -> np.ndarray:
+        """Of graphs with these numbers of nodes and edges."""
+        return _powers(num_nodes, num_edges) @ self.matmul
+
+    def bytes(self, num_nodes, num_edges) -> np.ndarray:
+        """Of graphs with these numbers of nodes and edges, each computed by itself."""
+        return _powers(num_nodes, num_edges) @ self.memory
+
+
+def _powers(num_nodes, num_edges) -> np.ndarray:
+    n, e = np.asarray(num_nodes, float), np.asarray(num_edges, float)
+    return np.stack([np.ones_like(n), n, e, n * n, n * e, e * e], axis=-1)
+
+
+def graph_cost(gradient, example, sizes_Gx2: np.ndarray) -> GraphCost:
+    """Counts `gradient` at up to seven of the sizes and interpolates.
+
+    Args:
+      gradient: of a batch, what is counted.
+      example: (nodes, edges) -> the arguments of `gradient` for a batch of one such graph, as
+        `ShapeDtypeStruct`s.
+      sizes_Gx2: nodes and edges of the graphs of a data set.
+    """
+    known = np.unique(sizes_Gx2, axis=0)
+    known = known[known[:, 1] > 0]
+    picked = known[np.unique(np.linspace(0, len(known) - 1, 7).round().astype(int))]
+    counts = [count(gradient, *example(int(n), int(e))) for n, e in picked]
+    matmul = np.array([c.matmul for c in counts])
+    memory = np.array([c.matmul_bytes + 4 * c.other for c in counts])
+    powers = _powers(*picked.T)
+    # In units of the largest: the least squares of what is nearly a line stay well conditioned.
+    scale = np.maximum(powers.max(axis=0), 1.0)
+    held_out = np.zeros(len(picked), bool)
+    held_out[len(picked) // 2] = len(picked) == 7
+    fit = lambda y: np.linalg.lstsq(powers[~held_out] / scale, y[~held_out], rcond=None)[0] / scale
+    coefficients = fit(matmul)
+    deviation = np.abs(powers @ coefficients - matmul).max() / max(matmul.max(), 1.0)
+    return GraphCost(coefficients, fit(memory), float(deviation))

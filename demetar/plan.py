@@ -35,13 +35,12 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipelines import pipeline
 from data_pipelines.plan import BatchPlan
-from demetar import flops, runtime, sharding
+from demetar import flops, runtime
 from demetar.errors import UserError, exits_cleanly
 from demetar.experiment import Experiment, build_experiment
 from demetar.topology import COLLECTIVES, Accelerator, Collective, collectives, planned_devices
-from demetar.train import jitted_train_step
+from demetar.train import abstract_arguments, jitted_train_step
 from demetar.writers import say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
@@ -50,28 +49,6 @@ _BATCH = flags.DEFINE_integer("batch", None, "Global batch, instead of the confi
 _HTML = flags.DEFINE_string("html", None, "File for the table and the plot of scaling.")
 
 _MAX_CHIPS = 1024
-
-
-def abstract_batch(experiment: Experiment, bucket: int):
-    """Shapes and shardings of a batch of a bucket."""
-    size, split = experiment.config.data.batch_size, sharding.over_batch(experiment.mesh)
-    one = pipeline.gather(
-        experiment.arrays, np.zeros(1, np.int64), experiment.dataset.buckets[bucket]
-    )
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype, sharding=split), one
-    )
-
-
-def abstract_arguments(experiment: Experiment, bucket: int):
-    """What the train step takes, as shapes."""
-    mesh = experiment.mesh
-    return (
-        experiment.abstract_state(),
-        abstract_batch(experiment, bucket),
-        jax.ShapeDtypeStruct((mesh.size,), np.float32, sharding=sharding.over_all(mesh)),
-        jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh)),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = pathlib.Path(config.data.cache_dir or default_cache_dir()) / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir(config) / "xla"))
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
@@ -30,6 +29,11 @@ def configure(config: ml_collections.ConfigDict) -> None:
         _keep_freed_memory()
         if jax.process_count() > 1:
             _let_gloo_yield()
+
+
+def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
+    """Folder of prepared data, compiled programs and what was measured of the machine."""
+    return pathlib.Path(config.data.cache_dir or default_cache_dir())
 
 
 def _keep_freed_memory() -> None:

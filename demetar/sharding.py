@@ -35,7 +35,7 @@ RULES = (
     (r"/Mlp_\d+/Dense_0/kernel$", P("fsdp", "model")),
     (r"/Mlp_\d+/Dense_0/bias$", P("model")),
     (r"/Mlp_\d+/Dense_1/kernel$", P("model", "fsdp")),
-    (r"/kernel$", P("fsdp")),
+    (r"/(kernel|table)$", P("fsdp")),
 )
 
 
@@ -160,9 +160,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """Splits a leading batch axis over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+def over_batch(mesh: Mesh, stacked: bool = False) -> NamedSharding:
+    """Splits a leading batch axis, or the second of `stacked` batches, over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(None, BATCH_AXES) if stacked else P(BATCH_AXES))
 
 
 def over_all(mesh: Mesh) -> NamedSharding:
@@ -256,18 +256,26 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def to_devices(tree, mesh: Mesh, batch_size: int):
-    """Host arrays of this process's rows -> global arrays split over the batch axes."""
-    sharding = over_batch(mesh)
+def to_devices(tree, mesh: Mesh, batch_size: int, stacked: bool = False):
+    """Host arrays of this process's rows -> global arrays split over the batch axes.
+
+    Args:
+      tree: arrays [rows, ...]; or [steps, rows, ...] if `stacked`.
+      batch_size: rows over all processes.
+    """
+    sharding = over_batch(mesh, stacked)
     rows = process_rows(mesh, batch_size)
+    axis = 1 if stacked else 0
 
     def place(x: np.ndarray):
         def local(index):
-            wanted = np.arange(batch_size)[index[0]]
+            wanted = np.arange(batch_size)[index[axis]]
             start = np.searchsorted(rows, wanted[0])
-            return x[start : start + len(wanted)]  # contiguous: one device's rows
+            own = slice(start, start + len(wanted))  # contiguous: one device's rows
+            return x[:, own] if stacked else x[own]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, local)
+        shape = (*x.shape[:axis], batch_size, *x.shape[axis + 1 :])
+        return jax.make_array_from_callback(shape, sharding, local)
 
     return jax.tree.map(place, tree)
 
@@ -282,6 +290,11 @@ def flags(mesh: Mesh, raised: bool) -> jax.Array:
     """
     value = np.full(mesh.size, raised, np.float32)
     return jax.make_array_from_callback((mesh.size,), over_all(mesh), lambda index: value[index])
+
+
+def abstract_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of `flags`."""
+    return jax.ShapeDtypeStruct((mesh.size,), np.float32, sharding=over_all(mesh))
 
 
 def to_host(tree):

@@ -9,6 +9,7 @@ Each device computes its own graphs under `jax.shard_map`, so the collectives ov
 left to the compiler. The optimizer works on whatever part of the state a device holds.
 """
 
+import concurrent.futures
 import time
 from collections.abc import Callable
 
@@ -140,6 +141,19 @@ def make_train_step(
     return train_step
 
 
+def several_steps(train_step) -> Callable:
+    """The same for batches [steps, B, ...]: sums have a leading axis of steps, too.
+
+    One call of the device for many small steps, whose dispatch would take longer than they do.
+    """
+
+    def call(state: TrainState, batches: Graph, stop: Array, lr_scale: Array):
+        one = lambda state, batch: train_step(state, batch, stop, lr_scale)
+        return jax.lax.scan(one, state, batches)
+
+    return call
+
+
 def make_eval_step(model, mesh: Mesh, param_specs, metric: str) -> Callable:
     """`(params, batch, stop) -> ((errors, stop), errors [B, T], predictions)`, no dropout.
 
@@ -179,21 +193,46 @@ class CompiledPerBucket:
       jitted: of `jax.jit`.
       num_buckets: how many shapes there are.
       watch: is told of compiling, which may take long.
+      arguments: bucket -> what `jitted` takes, as shapes; None: only the first call knows.
     """
 
-    def __init__(self, jitted, num_buckets: int, watch: Watch | None = None):
-        self._jitted, self._watch = jitted, watch
-        self._compiled = [None] * num_buckets
+    def __init__(
+        self,
+        jitted,
+        num_buckets: int,
+        watch: Watch | None = None,
+        arguments: Callable[[int], tuple] | None = None,
+    ):
+        self._jitted, self._watch, self._arguments = jitted, watch, arguments
+        self._programs = [None] * num_buckets
+        self._ahead: dict[int, concurrent.futures.Future] = {}
         self.compile_seconds = 0.0
 
+    def compile_ahead(self, executor: concurrent.futures.Executor) -> None:
+        """Compiles all buckets on another thread, while the first that is there computes."""
+        for bucket, program in enumerate(self._programs):
+            if program is None:
+                self._ahead[bucket] = executor.submit(self._compile, bucket)
+
+    def program(self, bucket: int):
+        """The compiled program of a bucket that was called before."""
+        return self._programs[bucket]
+
     def __call__(self, bucket: int, *args):
-        if self._compiled[bucket] is None:
+        if self._programs[bucket] is None:
             start = time.perf_counter()
             if self._watch is not None:
                 self._watch.phase("compile")
-            self._compiled[bucket] = self._jitted.lower(*args).compile()
+            ahead = self._ahead.pop(bucket, None)
+            if ahead is None or ahead.cancel():  # nobody has begun with it
+                self._programs[bucket] = self._jitted.lower(*args).compile()
+            else:
+                self._programs[bucket] = ahead.result()
             if self._watch is not None:
                 self._watch.phase("step")
             self.compile_seconds += time.perf_counter() - start
         # A compiled function refuses any other shape: nothing recompiles silently.
-        return self._compiled[bucket](*args)
+        return self._programs[bucket](*args)
+
+    def _compile(self, bucket: int):
+        return self._jitted.lower(*self._arguments(bucket)).compile()

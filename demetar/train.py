@@ -6,6 +6,7 @@ data order (`data_pipelines.plan`), the randomness (`fold_in(seed, step)`), when
 evaluate and save. What is neither (best score, plateau) is `progress`, saved with the state.
 """
 
+import concurrent.futures
 import pathlib
 import time
 
@@ -16,15 +17,16 @@ from clu import parameter_overview
 from data_pipelines import pipeline
 from data_pipelines.plan import BatchPlan
 from demetar import config as config_lib
-from demetar import report, sharding, writers
+from demetar import report, runtime, sharding, writers
 from demetar.checkpoint import Checkpoints
 from demetar.cluster import Job, code_sha256
 from demetar.errors import NonFiniteLoss, Preempted
 from demetar.evaluation import Evaluator, error_text, save_result
 from demetar.experiment import Experiment, build_experiment
+from demetar.machine import measured_machine
 from demetar.optim import plateau_step
 from demetar.state import TrainState
-from demetar.step import CompiledPerBucket, StepSums, make_train_step
+from demetar.step import CompiledPerBucket, StepSums, make_train_step, several_steps
 from demetar.task import error_scale
 from demetar.watch import Watch
 from demetar.writers import say
@@ -58,6 +60,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     )
     train_step = compiled_train_step(experiment, job.watch)
     evaluator = Evaluator(experiment, job)
+    peak_flops = job.count * measured_machine(runtime.cache_dir(config), config.model.dtype).flops
 
     ### State: restored from this workdir or, where there is nothing, created.
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, job)
@@ -83,7 +86,9 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     loop_start = time.perf_counter() - progress["train_seconds"]  # as if never stopped
     write = writers.Writers(workdir, first_step, progress["last_eval_step"], job.is_main)
     identity_log = writers.IdentityLog(workdir, job.process) if config.log.identity else None
-    pace = writers.Pace(first_step, num_steps)
+    compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    graph_cost = concurrent.futures.Future()
+    pace = new_pace(experiment, plan, first_step, graph_cost)
     rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
     train_iter = pipeline.batches(
         experiment.arrays,
@@ -93,9 +98,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         config.data.prefetch_threads,
         config.data.prefetch_batches,
     )
+    together = config.train.steps_per_call  # all below happens between calls of the device
     step, saved_step = first_step, first_step
     stop = False  # the same on all processes
-    pending: StepSums | None = None  # sums of the step before, still on the device
+    pending: StepSums | None = None  # sums of the call before, still on the device
 
     def save():
         nonlocal saved_step
@@ -114,11 +120,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         saves = step > saved_step and step % config.checkpoint.every_steps == 0
         logs = step > first_step and (step % config.log.every_steps == 0 or step == num_steps)
         if pending is not None and (evaluates or saves or logs or stop):
-            pace.add(accumulate(progress, pending, experiment, plan, step))
-            stop = stop or bool(pending.stop)
+            stop = accumulate(progress, pending, experiment, plan, pace, step) or stop
             pending = None
         if logs:
-            log_train(write, progress, pace, experiment, step)
+            log_train(write, progress, pace, experiment, step, peak_flops)
         score = evaluate(evaluator, state, step, progress, write) if evaluates else None
         if score is not None:
             if config.optim.schedule == "plateau":
@@ -132,28 +137,33 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             break
 
         job.watch.phase("batch", step)
-        bucket, graphs = next(train_iter)
-        batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size)
+        waits_since = time.perf_counter()
+        bucket, graphs = pipeline.stacked([next(train_iter) for _ in range(together)])
+        pace.waited(time.perf_counter() - waits_since)
+        batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size, together > 1)
         if identity_log is not None:
-            identity_log.write(step + 1, rows[graphs.graph_mask], graphs.index[graphs.graph_mask])
+            identity_log.write_steps(step + 1, rows, graphs)
         job.watch.phase("step")
         asked = sharding.flags(experiment.mesh, bool(job.interruption.requested))
         lr_scale = np.float32(progress["lr_scale"])
         state, sums = train_step(bucket, state, batch, asked, lr_scale)
-        step += 1
-        if step == first_step + 1:
+        step += together
+        if step == first_step + together:
             jax.block_until_ready(sums)
             say(
                 f"First step after {time.perf_counter() - start_time:.1f} s, of which "
                 f"{train_step.compile_seconds:.1f} s compiling its bucket."
             )
+            train_step.compile_ahead(compiler)
+            evaluator.compile_ahead(compiler)
+            compiler.submit(lambda: graph_cost.set_result(experiment.graph_cost))
         if pending is not None:
-            pace.add(accumulate(progress, pending, experiment, plan, step - 1))
-            stop = bool(pending.stop)
+            stop = accumulate(progress, pending, experiment, plan, pace, step - together)
         pending = sums
         checkpoints.poll()
 
     ### The end.
+    compiler.shutdown(wait=False, cancel_futures=True)
     job.watch.phase("save", step)
     checkpoints.wait()
     write.close()
@@ -196,11 +206,28 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
 def compiled_train_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
     """The train step, compiled once per bucket."""
     buckets = experiment.dataset.buckets
-    return CompiledPerBucket(jitted_train_step(experiment), len(buckets), watch)
+    arguments = lambda bucket: abstract_arguments(experiment, bucket)
+    return CompiledPerBucket(jitted_train_step(experiment), len(buckets), watch, arguments)
+
+
+def abstract_arguments(experiment: Experiment, bucket: int) -> tuple:
+    """What the train step takes, as shapes."""
+    mesh, config = experiment.mesh, experiment.config
+    batch = experiment.abstract_batch(experiment.dataset.buckets[bucket], config.data.batch_size)
+    if config.train.steps_per_call > 1:
+        stacked = sharding.over_batch(mesh, stacked=True)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (config.train.steps_per_call, *x.shape), x.dtype, sharding=stacked
+            ),
+            batch,
+        )
+    lr_scale = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+    return experiment.abstract_state(), batch, sharding.abstract_flags(mesh), lr_scale
 
 
 def jitted_train_step(experiment: Experiment):
-    """`jax.jit` of the train step: state donated, shardings fixed."""
+    """`jax.jit` of the train step, or of several: state donated, shardings fixed."""
     config, mesh = experiment.config, experiment.mesh
     specs = experiment.state_specs
     step = make_train_step(
@@ -214,7 +241,10 @@ def jitted_train_step(experiment: Experiment):
         ema_decay=config.optim.ema_decay,
         accumulation=config.train.accumulation,
     )
-    everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
+    if config.train.steps_per_call > 1:
+        step = several_steps(step)
+    everywhere = sharding.replicated(mesh)
+    split = sharding.over_batch(mesh, stacked=config.train.steps_per_call > 1)
     asked = sharding.over_all(mesh)
     state = sharding.named(mesh, specs)
     sums = StepSums(everywhere, everywhere, everywhere, graph_loss=split, stop=everywhere)
@@ -241,44 +271,79 @@ def new_progress(num_targets: int) -> dict:
     }
 
 
+def new_pace(
+    experiment: Experiment, plan: BatchPlan, step: int, cost: concurrent.futures.Future
+) -> writers.Pace:
+    """Counts what the steps from `step` on do, by the plan; operations once `cost` is known."""
+    sizes = experiment.arrays.sizes
+
+    def work(steps: list[int]) -> tuple:
+        batches = [plan[step - 1] for step in steps]
+        graphs = np.concatenate([graphs_B for _, graphs_B in batches] or [np.zeros(0, np.int64)])
+        graphs = graphs[graphs >= 0]
+        nodes, edges = sizes.num_nodes[graphs], sizes.num_edges[graphs]
+        slots = plan.batch_size * sum(plan.buckets[bucket].num_nodes for bucket, _ in batches)
+        flops = cost.result().flops(nodes, edges).sum() if cost.done() else None
+        return len(graphs), flops, nodes.sum(), slots
+
+    return writers.Pace(step, experiment.config.train.num_steps, work)
+
+
 def accumulate(
-    progress: dict, sums: StepSums, experiment: Experiment, plan: BatchPlan, step: int
-) -> int:
-    """Adds the sums of `step` to the window since the last log line; returns its graphs.
+    progress: dict,
+    pending: StepSums,
+    experiment: Experiment,
+    plan: BatchPlan,
+    pace: writers.Pace,
+    step: int,
+) -> bool:
+    """Adds the sums of a call, whose last step is `step`, to the window since the last log line.
 
-    Stops the run if the loss or the gradient is not finite.
+    Returns whether any process was asked to stop. Stops the run if the loss or the gradient is
+    not finite.
     """
-    loss, grad_norm = float(sums.loss), float(sums.grad_norm)
-    if not (np.isfinite(loss) and np.isfinite(grad_norm)):
-        raise NonFiniteLoss(
-            f"Step {step}: the loss is {loss}, the norm of the gradient {grad_norm}. "
-            f"{blame(sums, experiment, plan, step)} Nothing of this step was saved. Look at "
-            f"these {experiment.dataset.items}, lower config.optim.learning_rate or "
-            "config.optim.clip_norm, or raise config.optim.warmup_steps."
-        )
+    together = experiment.config.train.steps_per_call
+    on_host = jax.device_get(pending.replace(graph_loss=None))
     window = progress["window"]
-    window["loss"] += loss
-    window["grad_norm"] = grad_norm
-    window["count"] += float(sums.errors.count)
-    total = np.asarray(sums.errors.total, np.float64)
-    window["errors"] = [a + float(b) for a, b in zip(window["errors"], total, strict=True)]
-    return round(float(sums.errors.count))
+    for k in range(together):
+        sums = jax.tree.map(lambda x: x[k], on_host) if together > 1 else on_host  # noqa: B023
+        loss, grad_norm, number = float(sums.loss), float(sums.grad_norm), step - together + k + 1
+        if not (np.isfinite(loss) and np.isfinite(grad_norm)):
+            place = k if together > 1 else None
+            raise NonFiniteLoss(
+                f"Step {number}: the loss is {loss}, the norm of the gradient {grad_norm}. "
+                f"{blame(pending, place, experiment, plan, number)} Nothing of this step was "
+                f"saved. Look at these {experiment.dataset.items}, lower "
+                "config.optim.learning_rate or config.optim.clip_norm, or raise "
+                "config.optim.warmup_steps."
+            )
+        window["loss"] += loss
+        window["grad_norm"] = grad_norm
+        window["count"] += float(sums.errors.count)
+        total = np.asarray(sums.errors.total, np.float64)
+        window["errors"] = [a + float(b) for a, b in zip(window["errors"], total, strict=True)]
+        pace.add(number)
+    return bool(np.any(on_host.stop))
 
 
-def blame(sums: StepSums, experiment: Experiment, plan: BatchPlan, step: int) -> str:
-    """Which graphs (of this process's rows) made a step not finite."""
+def blame(
+    sums: StepSums, place: int | None, experiment: Experiment, plan: BatchPlan, step: int
+) -> str:
+    """Which graphs (of this process's rows) made a step, in that place of a call, not finite."""
     _, graphs_B = plan[step - 1]
     bad, items = [], experiment.dataset.items
     for shard in sums.graph_loss.addressable_shards:
-        graphs = graphs_B[shard.index]
-        bad += graphs[~np.isfinite(np.asarray(shard.data))].tolist()
+        graphs, loss_B = graphs_B[shard.index[-1]], np.asarray(shard.data)
+        bad += graphs[~np.isfinite(loss_B if place is None else loss_B[place])].tolist()
     numbers = lambda graphs: ", ".join(str(experiment.arrays.index[g]) for g in graphs[:16])
     if bad:
         return f"Not finite: {items} {numbers(bad)}{' ...' if len(bad) > 16 else ''}."
     return f"Each loss is finite; the batch is {items} {numbers(graphs_B[graphs_B >= 0])} ...."
 
 
-def log_train(write, progress: dict, pace, experiment: Experiment, step: int) -> None:
+def log_train(
+    write, progress: dict, pace, experiment: Experiment, step: int, peak_flops: float
+) -> None:
     """One line of metrics and one for the person who watches; starts a new window."""
     window, dataset = progress["window"], experiment.dataset
     targets = dataset.targets
@@ -291,12 +356,18 @@ def log_train(write, progress: dict, pace, experiment: Experiment, step: int) ->
     values["learning_rate"] = float(experiment.schedule(step - 1)) * progress["lr_scale"]
     write.write(step, "train", values)
     progress["window"] = new_progress(len(error_T))["window"]
-    rate, left = pace.lap(step)
+    lap = pace.lap(step)
+    speed = {"rate": lap.rate, "fill": lap.fill, "data_wait": lap.wait}
+    share = ""
+    if lap.flops is not None:  # counted on a thread, after compiling
+        speed["share_of_peak"] = lap.flops / peak_flops
+        share = f"{speed['share_of_peak']:.1%} of peak, "
+    write.write_speed(step, speed)
     validation = progress["validation"] and f"  validation {progress['validation']}"
     say(
         f"step {step}/{num_steps}  train {error_text(dataset, error_T)}{validation}  "
-        f"lr {values['learning_rate']:.2e}  {rate:.0f} {dataset.items}/s  "
-        f"ETA {writers.duration(left)}"
+        f"lr {values['learning_rate']:.2e}  {lap.rate:.0f} {dataset.items}/s, {share}"
+        f"fill {lap.fill:.1%}, data wait {lap.wait:.1%}  ETA {writers.duration(lap.left)}"
     )
 
 

@@ -5,14 +5,19 @@ values. After a resume, lines of steps that will be run again are dropped first,
 step stands there once.
 """
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
+import numpy as np
 import tensorboardX
+
+from demetar.graph import Graph
 
 
 def write_json(file: pathlib.Path, content) -> None:
@@ -68,6 +73,12 @@ class Writers:
         for name, value in values.items():
             self._events.add_scalar(f"{split}/{name}", value, step)
 
+    def write_speed(self, step: int, values: dict[str, float]) -> None:
+        """Points of curves only: what depends on the clock has no place in metrics.jsonl."""
+        if self._is_main:
+            for name, value in values.items():
+                self._events.add_scalar(f"speed/{name}", value, step)
+
     def close(self) -> None:
         if self._is_main:
             self._stream.close()
@@ -86,9 +97,12 @@ class IdentityLog:
         self._stream = (folder / f"{process}.jsonl").open("a")
         self._stream.write("\n")  # after a line that a kill cut off
 
-    def write(self, step: int, rows, index) -> None:
-        line = {"step": step, "rows": rows.tolist(), "index": index.tolist()}
-        self._stream.write(json.dumps(line) + "\n")
+    def write_steps(self, first_step: int, rows_B: np.ndarray, graphs: Graph) -> None:
+        """One step, or several stacked ones, whose rows of the global batch are `rows_B`."""
+        masks, indices = np.atleast_2d(graphs.graph_mask), np.atleast_2d(graphs.index)
+        for k, (mask_B, index_B) in enumerate(zip(masks, indices, strict=True)):
+            line = {"rows": rows_B[mask_B].tolist(), "index": index_B[mask_B].tolist()}
+            self._stream.write(json.dumps({"step": first_step + k, **line}) + "\n")
         self._stream.flush()
 
 
@@ -155,21 +169,58 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Lap:
+    """What was done since the line before.
+
+    Attributes:
+      rate: graphs a second.
+      flops: operations/s that the model asks for, real nodes and edges alone; None: not counted.
+      fill: share of node slots that hold nodes.
+      wait: share of the time in which the loop waited for a batch.
+      left: seconds to the end, at the average so far.
+    """
+
+    rate: float
+    flops: float | None
+    fill: float
+    wait: float
+    left: float
+
+
 class Pace:
-    """Molecules per second since the last line, and the time that is left."""
+    """Counts the work of steps and the time it takes.
 
-    def __init__(self, step: int, num_steps: int):
-        self._num_steps = num_steps
+    Args:
+      step: from which the run goes on.
+      num_steps: of the run.
+      work: numbers of steps -> (graphs, operations or None, nodes, slots for nodes) of them all.
+    """
+
+    def __init__(self, step: int, num_steps: int, work: Callable[[list[int]], tuple]):
+        self._num_steps, self._work = num_steps, work
         self._first_step, self._start = step, time.perf_counter()
-        self._graphs, self._since = 0, self._start
+        self._steps, self._wait, self._since = [], 0.0, self._start
 
-    def add(self, graphs: int) -> None:
-        self._graphs += graphs
+    def add(self, step: int) -> None:
+        """A step whose sums have arrived; they count from 1."""
+        self._steps.append(step)
 
-    def lap(self, step: int) -> tuple[float, float]:
-        """(molecules per second since the last lap, seconds left at the average so far)."""
+    def waited(self, seconds: float) -> None:
+        """The loop had nothing to do for so long."""
+        self._wait += seconds
+
+    def lap(self, step: int) -> Lap:
         now = time.perf_counter()
-        rate = self._graphs / max(now - self._since, 1e-9)
-        self._graphs, self._since = 0, now
-        done = max(1, step - self._first_step)
-        return rate, (now - self._start) / done * (self._num_steps - step)
+        seconds = max(now - self._since, 1e-9)
+        graphs, flops, nodes, slots = self._work(self._steps)
+        left = (now - self._start) / max(1, step - self._first_step) * (self._num_steps - step)
+        lap = Lap(
+            rate=graphs / seconds,
+            flops=None if flops is None else flops / seconds,
+            fill=nodes / max(slots, 1),
+            wait=self._wait / seconds,
+            left=left,
+        )
+        self._steps, self._wait, self._since = [], 0.0, now
+        return lap

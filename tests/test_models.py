@@ -12,9 +12,10 @@ import pytest
 from conftest import random_graph
 
 from data_pipelines.plan import Bucket
-from demetar.models import MODELS, apply_one, create_model
+from demetar.models import MODELS, apply_one, create_model, messages
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module
+from demetar.models import egnn as egnn_module
 from demetar.models.layers import SYMMETRIES
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -29,6 +30,9 @@ MOLECULES = {
     "seed": SEED | {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
     "shared_node": SEED | {"edge_attention": "shared_node"},
     "mean": SEED | {"readout": "mean"},
+    "environment": SEED | {"environment": True},
+    "along_edges": SEED | {"attention": "edges", "edge_attention": "none"},
+    "remat": SEED | {"remat": True},
     "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),
 }
 PARTICLES = {
@@ -329,6 +333,77 @@ def test_every_parameter_matters(model_and_params):
     _, (grad, _) = loss_and_gradients(model, params, graph)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
         assert np.abs(leaf).max() > 1e-12, jax.tree_util.keystr(path)
+
+
+def complete_graph(rng, num_nodes=7):
+    """All pairs are edges; padded to ten nodes."""
+    bucket = Bucket(10, num_nodes * (num_nodes - 1) // 2 + 3)
+    return random_graph(rng, num_nodes, num_nodes * (num_nodes - 1) // 2, bucket)
+
+
+@pytest.mark.parametrize("pair_bias", [False, True])
+def test_attention_along_all_edges_is_attention_over_all_pairs(pair_bias):
+    """The layout for large graphs computes the same: on a complete graph, number for number."""
+    options = {"edge_attention": "none", "pair_bias": pair_bias}
+    (everywhere, params), (along, _) = (
+        build("default", attention=attention, **options) for attention in ("all", "edges")
+    )
+    graph = complete_graph(np.random.default_rng(14))
+    expected = loss_and_gradients(everywhere, params, graph)
+    found = loss_and_gradients(along, params, graph)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["egnn", "egnn_qm9"])
+def test_listed_messages_are_messages_between_pairs(variant, monkeypatch):
+    """EGNN's two layouts give the same numbers; which one is taken, shapes decide."""
+    model, params = build(variant)
+    graph = complete_graph(np.random.default_rng(15))
+    if variant == "egnn":
+        graph = random_graph(np.random.default_rng(15), 7, 21, Bucket(10, 24), particles=True)
+    assert isinstance(messages.messages_of(graph), messages.Listed)
+    listed = loss_and_gradients(model, params, graph)
+    pairs = jax.tree.map(lambda x: x, graph).replace(
+        **{
+            name: np.pad(getattr(graph, name), (0, 20))
+            for name in ("senders", "receivers", "edge_type", "edge_mask")
+        }
+    )
+    assert isinstance(messages.messages_of(pairs), messages.Pairs)
+    expected = loss_and_gradients(model, params, pairs)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(listed), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["default", "egnn_qm9"])
+def test_remat_changes_nothing(variant):
+    model, params = build(variant)
+    again, _ = build(variant, remat=True)
+    graph = random_graph(np.random.default_rng(16))
+    plain = loss_and_gradients(model, params, graph)
+    for a, b in zip(
+        jax.tree.leaves(plain),
+        jax.tree.leaves(loss_and_gradients(again, params, graph)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
+
+
+def test_split_edge_layer_is_the_joined_one():
+    """W [h_i, h_j, s] = W_1 h_i + W_2 h_j + w_3 s: EGNN's first layer, never concatenated."""
+    rng = np.random.default_rng(17)
+    h_NxD, s_NxN = rng.normal(size=(5, 4)), rng.normal(size=(5, 5))
+    w_1, w_2, w_3 = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(1, 6))
+    pair = lambda i, j: np.concatenate([h_NxD[i], h_NxD[j], s_NxN[i, j, None]])
+    joined = np.array([[pair(i, j) for j in range(5)] for i in range(5)]) @ np.vstack(
+        [w_1, w_2, w_3]
+    )
+    layout = messages.Pairs(jnp.ones((5, 5, 1)))
+    split = layout.to_receiver(h_NxD @ w_1) + layout.to_sender(h_NxD @ w_2)
+    scalars = egnn_module._Scalars(6, 9, jnp.float64)
+    split += scalars.apply({"params": {"kernel": w_3}}, [s_NxN[..., None]])
+    np.testing.assert_allclose(split, joined, rtol=1e-12)
 
 
 def test_mirrored_edges_change_nothing():

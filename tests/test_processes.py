@@ -222,10 +222,11 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(start, tmp_p
     run(start(tmp_path, 1))
 
 
-def test_a_signal_where_processes_share_their_graphs(start, tmp_path):
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_signal_where_processes_share_their_graphs(start, tmp_path, asked):
     """`model` over two processes: both compute all graphs, one alone is asked to stop."""
     mesh = ["--config.mesh.data=1", "--config.mesh.model=2"]
-    run(start(tmp_path, 2, *mesh, fault="1:step:8:SIGTERM"), code=75)
+    run(start(tmp_path, 2, *mesh, fault=f"{asked}:step:8:SIGTERM"), code=75)
     assert 8 < latest_step(tmp_path) < 14
 
 

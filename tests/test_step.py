@@ -21,7 +21,7 @@ from demetar.task import Normalization, TargetErrors, standardize
 from demetar.train import compiled_train_step, jitted_train_step
 
 
-def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, **model):
+def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, steps_per_call=1, **model):
     """Args: `mesh` is the sizes (data, fsdp, model), or data alone."""
     config = load_config("qm9", "smoke")
     # One bucket: every further one is another program to compile.
@@ -29,6 +29,7 @@ def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, **model):
     dataset = dataclasses.replace(dataset, buckets=buckets)
     config.data.batch_size = 16
     config.train.accumulation = accumulation
+    config.train.steps_per_call = steps_per_call
     config.model.update({"width": 16, "num_heads": 4, "dtype": dtype} | model)
     arrays, normalization = standardize(dataset, np.dtype(dtype))
     options = config.model.to_dict()
@@ -53,15 +54,20 @@ def run(experiment, steps, fill=()):
     )
     step = compiled_train_step(experiment)
     state, losses = experiment.create_state(), []
-    for k in range(steps):
+    together = config.train.steps_per_call
+
+    def gather(k):
         bucket, graphs = plan[k]
         graphs = graphs.copy()
         graphs[list(fill)] = FILL
-        batch = pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
-        batch = sharding.to_devices(batch, experiment.mesh, size)
+        return bucket, pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
+
+    for k in range(0, steps, together):
+        bucket, batch = pipeline.stacked([gather(k + n) for n in range(together)])
+        batch = sharding.to_devices(batch, experiment.mesh, size, together > 1)
         flags = sharding.flags(experiment.mesh, False)
         state, sums = step(bucket, state, batch, flags, np.float32(1))
-        losses.append(float(sums.loss))
+        losses += np.ravel(sums.loss).tolist()
     return np.array(losses), jax.device_get(state)
 
 

@@ -23,7 +23,8 @@ MODELS = {
 
 _CHOICES = {
     "equivariance": EQUIVARIANCES,
-    "edge_attention": ("full", "shared_node"),
+    "attention": ("all", "edges"),
+    "edge_attention": ("full", "shared_node", "none"),
     "scaling": ("standard", "blog"),
     "dtype": ("float32", "bfloat16", "float64"),
 }
@@ -53,8 +54,18 @@ def create_model(
     for key, value in options.items():
         if key not in fields:
             raise UserError(f"Model {name!r} has no option {key!r}.{suggest(key, fields)}")
-        if key in _CHOICES:
+        if key in _CHOICES and not isinstance(value, bool):
             _check(key, value, _CHOICES[key])
+    # EGNN's `attention` is a switch, DEMETAr's a name.
+    if options.get("attention") == "edges":
+        pairwise = {"edge_attention": "none", "environment": False}
+        wrong = [key for key, value in pairwise.items() if options.get(key, value) != value]
+        if wrong:
+            raise UserError(
+                "config.model.attention='edges' is for graphs too large for all pairs, but "
+                f"config.model.{wrong[0]} ({options[wrong[0]]!r}) looks at pairs: set it to "
+                f"{pairwise[wrong[0]]!r}."
+            )
     heads = options.get("num_heads", 1)
     if options.get("width", heads) % heads:
         raise UserError(

@@ -33,6 +33,7 @@ from demetar.models.layers import (
     Block,
     Dense,
     Embed,
+    Links,
     Mlp,
     gaussian_basis,
     layer_norm,
@@ -43,6 +44,7 @@ from demetar.models.layers import (
 EQUIVARIANCES = ("none", "translation", "com", "velocity")
 NUM_EDGE_TYPES = 5  # BondType: none, single, double, triple, aromatic
 MAX_ATOMIC_NUMBER = 9  # H to F
+_ELEMENTS = (1, 6, 7, 8, 9)  # of QM9
 # Standard atomic weights by atomic number; 0 for padding and for elements not in QM9.
 _MASSES = np.zeros(MAX_ATOMIC_NUMBER + 1)
 _MASSES[[1, 6, 7, 8, 9]] = 1.008, 12.011, 14.007, 15.999, 18.998
@@ -63,13 +65,19 @@ class Demetar(nn.Module):
       mlp_ratio: hidden width of the MLPs over D.
       num_radial: K, Gaussians that a distance is expanded in.
       radial_cutoff: angstrom, the last Gaussian's centre.
-      edge_attention: `full`, every edge attends to every edge (for bonds); or `shared_node`,
-        to those it shares an atom with (for many edges: all pairs of 29 atoms).
+      attention: of nodes: `all`, every node attends to every node; or `edges`, along the graph's
+        edges only, which costs time and memory in proportion to them: for more than 64 nodes.
+      edge_attention: `full`, every edge attends to every edge (for bonds); `shared_node`, to
+        those it shares an atom with (for many edges: all pairs of 29 atoms); or `none`, edge
+        layers are MLPs (with `attention="edges"`).
       edge_atoms: edge tokens also see the two atom types. The seed: False.
       pair_bias: distances between all atoms bias the logits of node and joint attention, per
         layer and head. The seed: False, geometry enters through edges alone.
+      environment: tokens of atoms, and of edges by their midpoint, also see how many atoms of
+        each element are how far away. The seed: False.
       scaling: of attention, `standard` or `blog`; see `layers.Attention`.
       dropout: rate on residual branches.
+      remat: transformer layers are computed again in the backward pass instead of being kept.
       dtype: of matrix products and activations; parameters stay float32.
     """
 
@@ -86,11 +94,14 @@ class Demetar(nn.Module):
     mlp_ratio: int = 4
     num_radial: int = 64
     radial_cutoff: float = 5.0
+    attention: str = "all"
     edge_attention: str = "full"
     edge_atoms: bool = True
     pair_bias: bool = True
+    environment: bool = False
     scaling: str = "standard"
     dropout: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @property
@@ -127,32 +138,42 @@ class Demetar(nn.Module):
         return self._read_out(x_NxD[0], x_NxD[1:], graph.node_mask)
 
     def _block(self, name: str) -> Block:
-        return Block(
+        block = nn.remat(Block, static_argnums=3) if self.remat else Block
+        return block(
             self.num_heads, self.mlp_ratio, self.dropout, self.scaling, self.dtype, name=name
         )
 
     def _radial(self, distance: Array) -> Array:
         return gaussian_basis(distance, self.num_radial, self.radial_cutoff).astype(self.dtype)
 
-    def _biases(self, graph: Graph, token_mask_N: Array) -> Array:
-        """Logit bias of each node and joint layer, `[layers, 1 or H, 1 or N, N]`.
+    def _biases(self, graph: Graph, token_mask_N: Array) -> list[Array | Links]:
+        """Logit bias of each node and joint layer: `[1 or H, 1 or N, N]`, or `Links`.
 
         Masks padded keys and, with `pair_bias`, adds a learned function of all distances.
         """
         num_layers = self.node_layers + self.joint_layers
-        mask_NxN = mask_bias(token_mask_N)[None]
-        if not self.pair_bias:
-            return jnp.broadcast_to(mask_NxN, (num_layers, 1, *mask_NxN.shape))
-        x_Nx3 = graph.position
-        distance_NxN = safe_norm(x_Nx3[:, None] - x_Nx3[None])
-        # So far away that every Gaussian is 0: [CLS] is at no distance.
-        distance_NxN = jnp.pad(distance_NxN, (1, 0), constant_values=1e3)
         # No offset: a constant added to all logits of a row cancels in the softmax.
         features = num_layers * self.num_heads
         dense = Dense(features, use_bias=False, dtype=self.dtype, name="pair_bias")
+        x_Nx3 = graph.position
+        of_layers = lambda x, axis: jnp.split(x, num_layers, axis) if num_layers else []
+        if self.attention == "edges":
+            links, distance_L = _node_links(graph)
+            if not self.pair_bias:
+                return [links] * num_layers
+            b_LxF = dense(self._radial(distance_L)).astype(x_Nx3.dtype)
+            # [CLS] is at no distance: it has no bias.
+            near = (links.query_L > 0) & (links.key_L > 0)
+            b_LxF = jnp.where(near[:, None], b_LxF, 0)
+            return [links.replace(bias_LxH=b_LxH) for b_LxH in of_layers(b_LxF, 1)]
+        mask_1xN = mask_bias(token_mask_N)[None]
+        if not self.pair_bias:
+            return [mask_1xN[None]] * num_layers
+        distance_NxN = safe_norm(x_Nx3[:, None] - x_Nx3[None])
         b_NxNxF = dense(self._radial(distance_NxN)).astype(distance_NxN.dtype)
-        b_FxNxN = b_NxNxF.transpose(2, 0, 1) + mask_NxN
-        return b_FxNxN.reshape(num_layers, self.num_heads, *distance_NxN.shape)
+        # [CLS] is at no distance: its row and column have no bias.
+        b_FxNxN = jnp.pad(b_NxNxF.transpose(2, 0, 1), ((0, 0), (1, 0), (1, 0))) + mask_1xN
+        return of_layers(b_FxNxN, 0)
 
     def _tokens(self, graph: Graph) -> Array:
         """[CLS], then for each node its type and distance to the centre of mass (F_n).
@@ -163,6 +184,8 @@ class Demetar(nn.Module):
         atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="atom")
         radial = Dense(self.width, dtype=self.dtype, name="distance_to_com")
         node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
+        if self.environment:
+            node_NxD += self._environment(graph, graph.position, "atom_environment")
         if graph.velocity is not None:
             columns = [graph.charge[:, None], safe_norm(graph.velocity)[:, None]]
             if self.equivariance == "none":
@@ -173,6 +196,16 @@ class Demetar(nn.Module):
             node_NxD += particle(jnp.concatenate(columns, axis=-1))
         cls_1xD = self.param("cls", nn.initializers.normal(1.0), (1, self.width))
         return jnp.concatenate([cls_1xD.astype(self.dtype), node_NxD])
+
+    def _environment(self, graph: Graph, point_Px3: Array, name: str) -> Array:
+        """Of each point: the sum over the atoms of each element of the radial basis, `[P, D]`."""
+        distance_NxP = safe_norm(graph.position[:, None] - point_Px3[None])
+        is_element_ZxN = graph.atomic_number == jnp.asarray(_ELEMENTS)[:, None]
+        sum_ZxPxK = jnp.einsum(
+            "zn,npk->zpk", is_element_ZxN.astype(self.dtype), self._radial(distance_NxP)
+        )
+        sum_PxF = sum_ZxPxK.transpose(1, 0, 2).reshape(len(point_Px3), -1)
+        return Dense(self.width, dtype=self.dtype, name=name)(sum_PxF)
 
     def _edge_enrichment(self, graph: Graph, x_NxD: Array, deterministic: bool) -> Array:
         """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
@@ -188,20 +221,31 @@ class Demetar(nn.Module):
             approach_E = (x_Ex3 * v_Ex3).sum(axis=-1) / jnp.maximum(distance_E, 1e-3)
             columns = jnp.stack([charges_E, approach_E], axis=-1)
             edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
+        if self.environment:
+            middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
+            edge_ExD += self._environment(graph, middle_Ex3, "edge_environment")
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
             atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="edge_atom")
             edge_ExD += atom(graph.atomic_number[s_E]) + atom(graph.atomic_number[r_E])
-        attend_ExE = mask_E[None]
+        attend_ExE = None
+        if self.edge_attention != "none":
+            attend_ExE = mask_bias(mask_E[None])
         if self.edge_attention == "shared_node":
-            attend_ExE = attend_ExE & _share_a_node(s_E, r_E)
+            attend_ExE = mask_bias(mask_E[None] & _share_a_node(s_E, r_E))[None]
         for layer in range(self.edge_layers):
-            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, mask_bias(attend_ExE), deterministic)
-        number_N = jnp.arange(-1, x_NxD.shape[0] - 1)[:, None]  # [CLS], -1, has no edges
-        incident_NxE = ((number_N == s_E) | (number_N == r_E)) & mask_E
+            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, attend_ExE, deterministic)
         cross = Attention(self.num_heads, self.scaling, self.dtype, name="cross")
-        enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), mask_bias(incident_NxE))
-        return jnp.where(incident_NxE.any(axis=1)[:, None], enriched_NxD, 0)
+        if self.attention == "edges":
+            bias = _incidence_links(graph)
+            has_edge_N = jnp.zeros(len(x_NxD), bool).at[bias.query_L].max(bias.mask_L)
+        else:
+            number_Nx1 = jnp.arange(-1, len(x_NxD) - 1)[:, None]  # [CLS], -1, has no edges
+            incident_NxE = ((number_Nx1 == s_E) | (number_Nx1 == r_E)) & mask_E
+            has_edge_N = incident_NxE.any(axis=1)
+            bias = mask_bias(incident_NxE)
+        enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), bias)
+        return jnp.where(has_edge_N[:, None], enriched_NxD, 0)
 
     def _positions(self, graph: Graph, node_NxD: Array) -> Array:
         """Where the nodes are after the horizon, by the formula that `equivariance` names."""
@@ -239,6 +283,37 @@ class Demetar(nn.Module):
 def _centre_of_mass(graph: Graph) -> Array:
     mass_N = jnp.asarray(_MASSES, graph.position.dtype)[graph.atomic_number]
     return mass_N @ graph.position / jnp.maximum(mass_N.sum(), 1e-6)  # 0: all padding
+
+
+def _node_links(graph: Graph) -> tuple[Links, Array]:
+    """Tokens along edges, both ways, each to itself, and [CLS], token 0, with all; distances."""
+    both = lambda a, b: jnp.concatenate([a, b])
+    receiver_M, sender_M = (
+        both(graph.receivers, graph.senders),
+        both(graph.senders, graph.receivers),
+    )
+    x_Nx3, node_N = graph.position, jnp.arange(1, len(graph.node_mask) + 1)
+    zero_N = jnp.zeros_like(node_N)
+    links = Links(
+        query_L=jnp.concatenate([receiver_M + 1, node_N, node_N, zero_N, zero_N[:1]]),
+        key_L=jnp.concatenate([sender_M + 1, node_N, zero_N, node_N, zero_N[:1]]),
+        bias_LxH=jnp.zeros((2 * len(graph.edge_mask) + 3 * len(node_N) + 1, 1), x_Nx3.dtype),
+        mask_L=jnp.concatenate([graph.edge_mask] * 2 + [graph.node_mask] * 3 + [jnp.ones(1, bool)]),
+    )
+    distance_M = safe_norm(x_Nx3[receiver_M] - x_Nx3[sender_M])
+    return links, jnp.pad(distance_M, (0, 3 * len(node_N) + 1))
+
+
+def _incidence_links(graph: Graph) -> Links:
+    """Each token to the edges that its node ends; [CLS], token 0, has none."""
+    edge_E = jnp.arange(len(graph.edge_mask))
+    both = lambda a, b: jnp.concatenate([a, b])
+    return Links(
+        query_L=both(graph.receivers, graph.senders) + 1,
+        key_L=both(edge_E, edge_E),
+        bias_LxH=jnp.zeros((2 * len(edge_E), 1), graph.position.dtype),
+        mask_L=both(graph.edge_mask, graph.edge_mask),
+    )
 
 
 def _share_a_node(s_E: Array, r_E: Array) -> Array:

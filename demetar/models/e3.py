@@ -26,7 +26,15 @@ import jax
 import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
-from demetar.models.layers import SYMMETRIES, Attention, Dense, Mlp, layer_norm, mask_bias
+from demetar.models.layers import (
+    SYMMETRIES,
+    Attention,
+    Dense,
+    Mlp,
+    layer_norm,
+    mask_bias,
+    select_rows,
+)
 
 _SOFTENING = 1e-6  # added to squares, in the data's length^2: nothing is singular at contact
 
@@ -101,7 +109,8 @@ class _Round(nn.Module):
         incident_ExN = jnp.abs(signed_ExN)
 
         # Of each pair: x_i - x_j and v_i - v_j.
-        pair_Ex3xC = (signed_ExN @ vector_Nx3xC.reshape(num_nodes, -1)).reshape(-1, 3, channels)
+        pair_Ex3C = select_rows(signed_ExN, vector_Nx3xC.reshape(num_nodes, -1))
+        pair_Ex3xC = pair_Ex3C.reshape(-1, 3, channels)
         invariant_ExK, distance_Ex1 = self._invariants(pair_Ex3xC, dtype)
         sign_ExK = coupling_Ex1.astype(dtype)
         features = [invariant_ExK, sign_ExK * invariant_ExK, sign_ExK]
@@ -112,7 +121,7 @@ class _Round(nn.Module):
         hidden_ExF = (
             dense(hidden, name="edge_from_invariants")(jnp.concatenate(features, axis=-1))
             + dense(hidden, use_bias=False, name="edge_from_edge")(layer_norm(edge_ExD))
-            + incident_ExN.astype(dtype) @ from_nodes_NxF
+            + select_rows(incident_ExN.astype(dtype), from_nodes_NxF)
         )
         edge_ExD = edge_ExD + dense(width, name="edge_out")(nn.silu(hidden_ExF))
         edge_in_ExD = layer_norm(edge_ExD)
@@ -132,7 +141,7 @@ class _Round(nn.Module):
             along_r_ExC[:, None] * direction_Ex3[..., None]
             + along_v_ExC[:, None] * pair_Ex3xC[..., 1:2]
         )
-        move_Nx3C = signed_ExN.T @ move_Ex3xC.reshape(-1, 3 * channels)
+        move_Nx3C = select_rows(signed_ExN.T, move_Ex3xC.reshape(-1, 3 * channels))
         vector_Nx3xC = vector_Nx3xC + self.duration * move_Nx3C.reshape(vector_Nx3xC.shape)
         vector_Nx3xC = vector_Nx3xC.at[..., 0].add(self.duration * vector_Nx3xC[..., 1])
         return (vector_Nx3xC, node_NxD, edge_ExD), None

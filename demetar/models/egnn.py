@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
 from demetar.models.layers import SYMMETRIES, Dense, safe_norm
+from demetar.models.messages import Messages, messages_of
 
 _ELEMENTS = (1, 6, 7, 8, 9)  # of QM9; node features are one-hot times powers of Z / 9
 _MAX_NUMBER = 9
@@ -40,6 +41,7 @@ class Egnn(nn.Module):
       width: D.
       num_layers: rounds of messages, each with its own weights.
       attention: messages are weighted by a sigmoid of themselves.
+      remat: messages are computed again in the backward pass instead of being kept.
       dtype: of features; positions are float32 or wider.
     """
 
@@ -50,6 +52,7 @@ class Egnn(nn.Module):
     width: int = 64
     num_layers: int = 4
     attention: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -58,21 +61,22 @@ class Egnn(nn.Module):
         graph = without_padding_values(graph)
         moves = self.readouts == ("position",)
         x_Nx3 = graph.position
-        to_ExN, from_ExN = _ends(graph)
-        square = lambda x_Nx3: jnp.square((to_ExN - from_ExN) @ x_Nx3).sum(-1, keepdims=True)
+        messages = messages_of(graph)
         if moves:
             features = safe_norm(graph.velocity)[:, None]
-            charges = (to_ExN @ graph.charge) * (from_ExN @ graph.charge)
-            edge_ExA = jnp.concatenate([charges[:, None], square(x_Nx3)], axis=-1)
+            ends = lambda x: (messages.to_receiver(x), messages.to_sender(x))
+            charge, charge_of_other = ends(graph.charge[:, None])
+            scalars = [charge * charge_of_other, _square(*ends(x_Nx3))]
         else:
             features = _atom_features(graph.atomic_number, x_Nx3.dtype)
-            edge_ExA = jnp.zeros((len(to_ExN), 0), x_Nx3.dtype)
+            scalars = []
         h_NxD = _linear(self.width, features.shape[-1], self.dtype, "embedding")(features)
+        layer_class = nn.remat(_Layer) if self.remat else _Layer
         for number in range(self.num_layers):
             # The last layer's features are read only where there is a read-out of them.
             updates = not moves or number < self.num_layers - 1
-            layer = _Layer(self.width, self.attention, moves, updates, name=f"layer_{number}")
-            h_NxD, x_Nx3 = layer(h_NxD, x_Nx3, graph.velocity, to_ExN, from_ExN, edge_ExA)
+            layer = layer_class(self.width, self.attention, moves, updates, name=f"layer_{number}")
+            h_NxD, x_Nx3 = layer(h_NxD, x_Nx3, graph.velocity, messages, scalars)
         if moves:
             return jnp.where(graph.node_mask[:, None], x_Nx3, 0)
         linear = lambda features, name: _linear(features, self.width, self.dtype, name)
@@ -91,31 +95,33 @@ class _Layer(nn.Module):
     updates: bool
 
     @nn.compact
-    def __call__(self, h_NxD, x_Nx3, v_Nx3, to_ExN, from_ExN, edge_ExA):
+    def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: Messages, scalars):
         width, dtype = self.width, h_NxD.dtype
         linear = lambda features, name, **kw: _linear(features, width, dtype, name, **kw)
-        difference_Ex3 = (to_ExN - from_ExN) @ x_Nx3
-        square_Ex1 = jnp.square(difference_Ex3).sum(axis=-1, keepdims=True)
-        # phi_e's first layer, split: the products with h are made per node, not per edge.
-        fan_in = 2 * width + 1 + edge_ExA.shape[-1]
+        x_to, x_from = messages.to_receiver(x_Nx3), messages.to_sender(x_Nx3)
+        scalars = [_square(x_to, x_from), *scalars]
+        # phi_e's first layer, split: the products with h are made per node, not per edge, and
+        # never concatenated; those with single numbers are no products of matrices.
+        fan_in = 2 * width + len(scalars)
         part = lambda name, **kw: _linear(width, fan_in, dtype, name, **kw)
-        to, back = to_ExN.astype(dtype), from_ExN.astype(dtype)
-        m_ExD = to @ part("edge_to")(h_NxD) + back @ part("edge_from", use_bias=False)(h_NxD)
-        scalars = jnp.concatenate([square_Ex1, edge_ExA], axis=-1)
-        m_ExD += part("edge_scalars", use_bias=False)(scalars)
-        m_ExD = nn.silu(linear(width, "edge_1")(nn.silu(m_ExD)))
+        m_MxD = messages.to_receiver(part("edge_to")(h_NxD))
+        m_MxD += messages.to_sender(part("edge_from", use_bias=False)(h_NxD))
+        m_MxD += _Scalars(width, fan_in, dtype, name="edge_scalars")(scalars)
+        m_MxD = nn.silu(linear(width, "edge_1")(nn.silu(m_MxD)))
+        weight_Mx1 = messages.mask.astype(dtype)
         if self.attention:
-            m_ExD *= nn.sigmoid(linear(1, "attention")(m_ExD))
+            weight_Mx1 *= nn.sigmoid(linear(1, "attention")(m_MxD))
         if self.moves:
             small = nn.initializers.variance_scaling(1e-6, "fan_avg", "uniform")
             last = Dense(1, use_bias=False, dtype=dtype, kernel_init=small, name="position_1")
-            gate_Ex1 = last(nn.silu(linear(width, "position_0")(m_ExD))).astype(x_Nx3.dtype)
-            neighbours_Nx1 = jnp.maximum(to_ExN.sum(axis=0), 1)[:, None]
-            x_Nx3 = x_Nx3 + to_ExN.T @ (difference_Ex3 * gate_Ex1) / neighbours_Nx1
+            m_in_MxD = weight_Mx1 * m_MxD if self.attention else m_MxD
+            gate_Mx1 = last(nn.silu(linear(width, "position_0")(m_in_MxD))).astype(x_Nx3.dtype)
+            shift_Nx3 = messages.sum_at_receiver(x_to - x_from, gate_Mx1 * messages.mask)
+            x_Nx3 = x_Nx3 + shift_Nx3 / jnp.maximum(messages.count_Nx1, 1)
             speed_Nx1 = linear(1, "velocity_1")(nn.silu(linear(width, "velocity_0")(h_NxD)))
             x_Nx3 = x_Nx3 + v_Nx3 * speed_Nx1.astype(x_Nx3.dtype)
         if self.updates:
-            m_NxD = to.T @ m_ExD
+            m_NxD = messages.sum_at_receiver(m_MxD, weight_Mx1)
             wide = _linear(width, 2 * width, dtype, "node_0")
             h_NxD = h_NxD + linear(width, "node_1")(
                 nn.silu(wide(jnp.concatenate([h_NxD, m_NxD], axis=-1)))
@@ -123,17 +129,23 @@ class _Layer(nn.Module):
         return h_NxD, x_Nx3
 
 
-def _ends(graph: Graph) -> tuple[Array, Array]:
-    """One-hot [2E, N] of the node that a message goes to, and of the one it comes from.
+class _Scalars(nn.Module):
+    """`sum_k s_k w_k` of single numbers s_k `[..., 1]`: elementwise, fused with what follows."""
 
-    Every pair of the graph gives two messages; rows of padding are 0.
-    """
-    number_N = jnp.arange(len(graph.node_mask))
-    one_hot = lambda ends_E: ((ends_E[:, None] == number_N) & graph.edge_mask[:, None]).astype(
-        graph.position.dtype
-    )
-    s_ExN, r_ExN = one_hot(graph.senders), one_hot(graph.receivers)
-    return jnp.concatenate([s_ExN, r_ExN]), jnp.concatenate([r_ExN, s_ExN])
+    features: int
+    fan_in: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, scalars: list[Array]) -> Array:
+        bound = 1 / math.sqrt(self.fan_in)
+        draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        kernel = self.param("kernel", draw, (len(scalars), self.features)).astype(self.dtype)
+        return sum(s.astype(self.dtype) * kernel[k] for k, s in enumerate(scalars))
+
+
+def _square(a: Array, b: Array) -> Array:
+    return jnp.square(a - b).sum(axis=-1, keepdims=True)
 
 
 def _atom_features(atomic_number_N: Array, dtype) -> Array:

@@ -1,0 +1,145 @@
+"""A config of ours as the benchmarks run it: the project's own pipeline, step and evaluation."""
+
+import dataclasses
+import importlib.util
+import itertools
+import pathlib
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from data_pipelines import pipeline
+from data_pipelines.plan import BatchPlan
+from demetar import runtime, sharding
+from demetar.evaluation import compiled_eval_step
+from demetar.experiment import build_experiment
+from demetar.train import compiled_train_step
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def load_config(text: str, changes=None):
+    """The config of `configs/qm9.py:quick`, with `{"mesh.cpu_devices": 2}` set."""
+    file, _, arg = text.partition(":")
+    spec = importlib.util.spec_from_file_location("config_file", REPOSITORY / file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(arg)
+    config.update_from_flattened_dict(dict(changes or {}))
+    return config
+
+
+@dataclasses.dataclass
+class Measured:
+    """Of some seconds of training.
+
+    Attributes:
+      rate: graphs a second.
+      flops: operations/s that the model asks for, real atoms only.
+      wait: share of the time in which the loop waited for a batch.
+      fill: share of node slots that hold atoms.
+    """
+
+    rate: float
+    flops: float
+    wait: float
+    fill: float
+
+
+class Run:
+    """Trains without logging, evaluating and saving; call `train` again and again."""
+
+    def __init__(self, config):
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+        runtime.configure(config)
+        self.experiment = experiment = build_experiment(config)
+        data = config.data
+        graphs = experiment.dataset.split["train"]
+        buckets, sizes = experiment.dataset.buckets, experiment.arrays.sizes
+        self.plan = BatchPlan(sizes, graphs, buckets, data.batch_size, config.seed)
+        self._rows = np.arange(data.batch_size)
+        self._batches = pipeline.batches(
+            experiment.arrays,
+            self.plan,
+            self._rows,
+            range(10**9),
+            data.prefetch_threads,
+            data.prefetch_batches,
+        )
+        self._step = compiled_train_step(experiment)
+        self._evaluate = compiled_eval_step(experiment)
+        self._state = experiment.create_state()
+        self._done = 0
+        self._flags = sharding.flags(experiment.mesh, False)
+        self._scale = np.float32(1)
+        self.num_parameters = sum(x.size for x in jax.tree.leaves(self._state.params))
+        self._compile_all()
+
+    def _compile_all(self) -> None:
+        """One step of each bucket, so that none is compiled while the clock runs."""
+        missing = set(range(len(self.plan.buckets)))
+        while missing:
+            bucket, batch = self._next()
+            if bucket in missing:
+                missing.remove(bucket)
+                self._train_on(bucket, batch)
+                self._evaluate(bucket, self._state.ema, batch, self._flags)
+
+    def _next(self):
+        bucket, graphs = next(self._batches)
+        self._graphs = int(graphs.graph_mask.sum())
+        self._done += 1
+        return bucket, sharding.to_devices(graphs, self.experiment.mesh, len(self._rows))
+
+    def _train_on(self, bucket, batch):
+        self._state, sums = self._step(bucket, self._state, batch, self._flags, self._scale)
+        return sums
+
+    def train(self, seconds: float) -> Measured:
+        """Real steps for some seconds; sums of a step are fetched once the next is under way."""
+        cost, sizes = self.experiment.graph_cost, self.experiment.arrays.sizes
+        flops_G = cost.flops(sizes.num_nodes, sizes.num_edges)
+        graphs = flops = wait = nodes = slots = 0.0
+        pending, start = None, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            before = time.perf_counter()
+            members = self.plan[self._done][1]
+            members = members[members >= 0]
+            bucket, batch = self._next()
+            wait += time.perf_counter() - before
+            sums = self._train_on(bucket, batch)
+            if pending is not None:
+                float(pending.loss)
+            pending = sums
+            graphs += len(members)
+            flops += flops_G[members].sum()
+            nodes += sizes.num_nodes[members].sum()
+            slots += len(self._rows) * self.plan.buckets[bucket].num_nodes
+        float(pending.loss)
+        seconds = time.perf_counter() - start
+        return Measured(graphs / seconds, flops / seconds, wait / seconds, nodes / slots)
+
+    def forward(self, seconds: float) -> float:
+        """Graphs a second of prediction alone, batches assembled each time."""
+        graphs, outputs, start = 0, [], time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            bucket, batch = self._next()
+            graphs += self._graphs
+            outputs.append(self._evaluate(bucket, self._state.ema, batch, self._flags))
+            if len(outputs) > 1:
+                jax.block_until_ready(outputs.pop(0))
+        jax.block_until_ready(outputs)
+        return graphs / (time.perf_counter() - start)
+
+    def step_seconds(self, bucket: int, seconds: float = 3.0) -> float:
+        """Median time of a step of one bucket, on one batch."""
+        batch = next(b for k, b in iter(self._next, None) if k == bucket)
+        times, start = [], time.perf_counter()
+        for _ in itertools.count():
+            begin = time.perf_counter()
+            float(self._train_on(bucket, batch).loss)
+            times.append(time.perf_counter() - begin)
+            if time.perf_counter() - start > seconds and len(times) > 2:
+                return float(np.median(times))

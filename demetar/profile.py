@@ -1,0 +1,244 @@
+"""Where the time of a step goes, as a table, and a trace to look closer.
+
+    python -m demetar.profile --config=configs/qm9.py:quick [--steps=20] [--trace=DIR]
+
+Runs real steps of the config on this machine, under JAX's profiler, and says what each costs:
+assembling and placing the batch, forward, backward, sums over devices, optimizer, what the
+devices idle, and logging, saving and evaluating spread over the steps between them. The trace
+opens in XProf (`pip install xprof; xprof DIR`) or TensorBoard's profile plugin. Nothing is left
+in a workdir, and no run is touched.
+"""
+
+import collections
+import concurrent.futures
+import gzip
+import json
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from data_pipelines import pipeline
+from data_pipelines.plan import BatchPlan
+from demetar import place, runtime, sharding, train, writers
+from demetar.checkpoint import Checkpoints
+from demetar.errors import UserError, exits_cleanly
+from demetar.evaluation import Evaluator
+from demetar.experiment import Experiment, build_experiment
+from demetar.machine import measured_machine
+from demetar.writers import say
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
+_STEPS = flags.DEFINE_integer("steps", 20, "Steps under the profiler.", lower_bound=1)
+_TRACE = flags.DEFINE_string("trace", None, "Folder that keeps the trace; default: none does.")
+
+PHASES = ("forward", "backward", "all-reduce", "optimizer")
+
+
+def phase_of(op_name: str, instruction: str) -> str:
+    """Which part of the step an operation belongs to, by the name that JAX gave it.
+
+    Differentiation leaves `jvp(...)` in the name of what the forward pass computes, and
+    `transpose(jvp(...))` in that of the backward pass.
+    """
+    if re.match(r"all-|psum|reduce-scatter|collective", instruction) or "psum" in op_name:
+        return "all-reduce"
+    if "transpose(" in op_name or "rematted" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "optimizer"
+
+
+def op_names(hlo_text: str) -> dict[str, str]:
+    """Instruction of a compiled program -> the name JAX gave the operation."""
+    found = {}
+    for line in hlo_text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+        meaning = re.search(r'op_name="([^"]*)"', line)
+        if name and meaning:
+            found.setdefault(name[1], meaning[1])
+    return found
+
+
+def self_times(events) -> collections.Counter:
+    """Microseconds of each operation alone: without those that ran inside it on its thread."""
+    total = collections.Counter()
+    threads = collections.defaultdict(list)
+    for event in events:
+        threads[event["pid"], event["tid"]].append(event)
+    for own in threads.values():
+        open_events = []
+        for event in sorted(own, key=lambda e: (e["ts"], -e["dur"])):
+            while open_events and event["ts"] >= open_events[-1]["ts"] + open_events[-1]["dur"]:
+                open_events.pop()
+            if open_events:  # a loop and its body
+                total[open_events[-1]["args"]["hlo_op"]] -= event["dur"]
+            total[event["args"]["hlo_op"]] += event["dur"]
+            open_events.append(event)
+    return total
+
+
+def read_trace(folder: pathlib.Path) -> list[dict]:
+    """The operations of the devices in a trace."""
+    file = next(folder.rglob("*.trace.json.gz"))
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    return [e for e in events if e.get("ph") == "X" and "hlo_op" in e.get("args", {})]
+
+
+class Profile:
+    """One config, its compiled step and what it needs; `table()` measures."""
+
+    def __init__(self, experiment: Experiment, folder: pathlib.Path):
+        self._experiment, self._folder = experiment, folder
+        config = experiment.config
+        self._plan = BatchPlan(
+            experiment.arrays.sizes,
+            experiment.dataset.split["train"],
+            experiment.dataset.buckets,
+            config.data.batch_size,
+            config.seed,
+        )
+        self._rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
+        # The bucket of most steps: one program, so that names of operations are unique.
+        self._bucket = int(np.argmax(self._plan.batches_per_bucket))
+        found = (k for k in range(self._plan.steps_per_epoch) if self._plan[k][0] == self._bucket)
+        self._steps = [next(found) for _ in range(min(_STEPS.value, self._plan.steps_per_epoch))]
+        self._step = train.compiled_train_step(experiment)
+        self._state = experiment.create_state()
+        self._flags = sharding.flags(experiment.mesh, False)
+        say("Compiling ...")
+        self._run(self._steps[:1])
+
+    def _assemble(self, step: int):
+        _, graphs = self._plan[step]
+        bucket = self._plan.buckets[self._bucket]
+        return pipeline.gather(self._experiment.arrays, graphs[self._rows], bucket)
+
+    def _run(self, steps) -> dict[str, float]:
+        """Seconds of the host in each part, over all of the steps."""
+        spent = collections.Counter()
+        size, mesh = self._experiment.config.data.batch_size, self._experiment.mesh
+        pending = None
+        for step in steps:
+            start = time.perf_counter()
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                graphs = self._assemble(step)
+                assembled = time.perf_counter()
+                batch = sharding.to_devices(graphs, mesh, size)
+                placed = time.perf_counter()
+                arguments = (self._state, batch, self._flags, np.float32(1))
+                self._state, sums = self._step(self._bucket, *arguments)
+                if pending is not None:
+                    jax.device_get(pending)  # as the loop: sums of the step before
+            pending = sums
+            spent["assemble"] += assembled - start
+            spent["transfer"] += placed - assembled
+        jax.device_get(pending)
+        return spent
+
+    def _log_seconds(self) -> float:
+        """One progress line with its metrics."""
+        experiment = self._experiment
+        write = writers.Writers(self._folder, 0, 0, is_main=True)
+        progress = train.new_progress(len(experiment.dataset.targets))
+        pace = train.new_pace(experiment, self._plan, 0, concurrent.futures.Future())
+        start = time.perf_counter()
+        train.log_train(write, progress, pace, experiment, 1, 1.0)
+        seconds = time.perf_counter() - start
+        write.close()
+        return seconds
+
+    def _save_seconds(self) -> float:
+        """How long the loop stands still for a save."""
+        checkpoints = Checkpoints(self._folder, keep_last=2)
+        progress = train.new_progress(len(self._experiment.dataset.targets))
+        start = time.perf_counter()
+        checkpoints.save(self._state, self._experiment.identity | {"progress": progress})
+        seconds = time.perf_counter() - start
+        checkpoints.wait()
+        checkpoints.close()
+        return seconds
+
+    def _evaluate_seconds(self) -> float:
+        evaluator = Evaluator(self._experiment)
+        evaluator.run(self._state.ema, "validation")  # compiles
+        start = time.perf_counter()
+        evaluator.run(self._state.ema, "validation")
+        return time.perf_counter() - start
+
+    def table(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
+        """Rows: name, milliseconds a step, a remark."""
+        experiment = self._experiment
+        config, steps = experiment.config, self._steps
+        start = time.perf_counter()
+        self._run(steps)
+        wall = (time.perf_counter() - start) / len(steps)
+        with jax.profiler.trace(str(trace)):
+            spent = self._run(steps)
+        program = self._step.program(self._bucket)
+        names = op_names(program.as_text())
+        devices = len(experiment.mesh.local_devices)
+        busy = collections.Counter()
+        for instruction, microseconds in self_times(read_trace(trace)).items():
+            if instruction in names:
+                phase = phase_of(names[instruction], instruction)
+                busy[phase] += microseconds / 1e6 / devices / len(steps)
+        host = {name: seconds / len(steps) for name, seconds in spent.items()}
+        rows = [
+            ("assemble", host["assemble"], "on threads of Grain while the devices work: hidden"),
+            ("transfer", host["transfer"], "host arrays to the devices"),
+            *((phase, busy[phase], "") for phase in PHASES),
+            (
+                "idle",
+                max(0.0, wall - sum(busy.values())),
+                "of a device, in a step without profiler",
+            ),
+        ]
+        for name, seconds, every in (
+            ("log", self._log_seconds(), config.log.every_steps),
+            ("save", self._save_seconds(), config.checkpoint.every_steps),
+            ("evaluate", self._evaluate_seconds(), config.train.eval_every),
+        ):
+            rows.append((name, seconds / every, f"{seconds:.3f} s every {every} steps"))
+        sizes, size = experiment.arrays.sizes, config.data.batch_size
+        graphs = np.concatenate([self._plan[step][1] for step in steps])
+        graphs = graphs[graphs >= 0]
+        flops = experiment.graph_cost.flops(sizes.num_nodes[graphs], sizes.num_edges[graphs]).sum()
+        machine = measured_machine(runtime.cache_dir(config), config.model.dtype)
+        bucket = self._plan.buckets[self._bucket]
+        share = flops / len(steps) / wall / machine.flops
+        say(
+            f"One step of bucket {bucket.num_nodes}/{bucket.num_edges}, batch {size}: "
+            f"{1e3 * wall:.2f} ms, {len(graphs) / len(steps) / wall:.0f} "
+            f"{experiment.dataset.items}/s, {share:.1%} of {machine.flops / 1e9:.0f} GFLOP/s; "
+            f"{len(steps)} steps, {devices} devices."
+        )
+        return [(name, 1e3 * seconds, remark) for name, seconds, remark in rows]
+
+
+@exits_cleanly
+def _main(argv) -> None:
+    del argv
+    logging.set_verbosity(logging.ERROR)
+    config = _CONFIG.value
+    if place.find_place(None, None, None).count > 1:
+        raise UserError("demetar.profile looks at one process: start it outside of the job.")
+    runtime.configure(config)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        profile = Profile(build_experiment(config), folder)
+        rows = profile.table(pathlib.Path(_TRACE.value) if _TRACE.value else folder / "trace")
+    print(f"{'':10} {'ms/step':>9}")
+    for name, milliseconds, remark in rows:
+        print(f"{name:10} {milliseconds:9.3f}  {remark}".rstrip())
+    if _TRACE.value:
+        say(f"The trace is in {_TRACE.value}: xprof {_TRACE.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(_main)

@@ -1,0 +1,248 @@
+"""What makes steps fast changes nothing but the speed; and what is told of it is right."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, load_config
+from test_models import VARIANTS, build, graph_for, loss_and_gradients
+from test_step import make_experiment, run, tree_close
+
+from data_pipelines import pipeline
+from data_pipelines.plan import Bucket
+from demetar import flops, machine, profile, writers
+from demetar.errors import UserError
+from demetar.experiment import build_experiment
+from demetar.models.layers import attend
+
+# --- counting ----------------------------------------------------------------------------------
+
+
+def gradient_and_example(model, params):
+    """What `GraphCost` counts: the gradient of a batch of one graph of the given size."""
+
+    def summed(params, batch):
+        return jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch).sum()
+
+    def example(num_nodes, num_edges):
+        bucket = Bucket(num_nodes, num_edges)
+        graph = graph_for(model, np.random.default_rng(0), num_nodes, num_edges, bucket=bucket)
+        return params, jax.tree.map(lambda x: np.asarray(x)[None], graph)
+
+    return jax.grad(summed), example
+
+
+COMPLETE = np.array([[n, n * (n - 1) // 2] for n in range(4, 13)])
+SPARSE = np.array([[n, n + k] for n in range(6, 14) for k in range(-2, 3)])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cost_of_a_graph_is_a_polynomial_of_its_size(variant, float64):
+    """For every model: interpolated counts equal counted ones at sizes that were left out."""
+    model, params = build(variant)
+    gradient, example = gradient_and_example(model, params)
+    sizes = COMPLETE if "egnn" in variant else SPARSE
+    cost = flops.graph_cost(gradient, example, sizes)
+    assert cost.deviation < 1e-9
+    num_nodes, num_edges = sizes[len(sizes) // 3]
+    counted = flops.count(gradient, *example(num_nodes, num_edges))
+    np.testing.assert_allclose(cost.flops(num_nodes, num_edges), counted.matmul, rtol=1e-9)
+    assert cost.bytes(num_nodes, num_edges) > 0
+
+
+@pytest.mark.parametrize(
+    "variant", ["default", "environment", "e3", "egnn", "egnn_qm9", "deep_set", "set_transformer"]
+)
+def test_count_is_near_the_compilers(variant):
+    """Wide enough that products are most of it; ones and zeros are no operations of ours."""
+    wide = {"width": 64, "dtype": "float32"}
+    if "mlp_ratio" in VARIANTS[variant]:
+        wide["mlp_ratio"] = 4
+    if variant == "e3":
+        wide["rounds"] = 1  # the compiler counts the body of a loop once
+    model, params = build(variant, **wide)
+    params = jax.tree.map(np.float32, params)
+    gradient, example = gradient_and_example(model, params)
+    arguments = example(12, 66)
+    counted = flops.count(gradient, *arguments)
+    compiler = jax.jit(gradient).lower(*arguments).compile().cost_analysis()["flops"]
+    assert 0.6 < counted.total / compiler < 1.25
+
+
+def test_products_with_ones_and_zeros_count_nothing():
+    from demetar.models.layers import select_rows
+
+    table, one_hot = np.ones((4, 5), np.float32), np.ones((3, 2, 4), np.float32)
+    gradient = jax.grad(lambda table: jax.vmap(lambda x: select_rows(x, table))(one_hot).sum())
+    assert flops.count(gradient, table).matmul == 0
+
+
+def test_the_machine_is_measured_once(tmp_path):
+    first = machine.measured_machine(tmp_path, "float32")
+    assert first.flops > 1e8 and first.bytes_per_s > 1e7 and first.dtype == "float32"
+    (file,) = tmp_path.glob("machine-*.json")
+    known = json.loads(file.read_text()) | {"flops": 123.0}
+    file.write_text(json.dumps(known))
+    assert machine.measured_machine(tmp_path, "float32").flops == 123.0
+    file.write_text("{")  # cut off
+    assert machine.measured_machine(tmp_path, "float32").flops > 1e8
+    assert json.loads(file.read_text())["flops"] > 1e8
+
+
+def test_pace_counts_the_work_of_the_plan():
+    pace = writers.Pace(10, 20, lambda steps: (3 * len(steps), None, 40, 50))
+    pace.add(11)
+    pace.add(12)
+    pace.waited(0.0)
+    lap = pace.lap(12)
+    assert lap.rate > 0 and lap.flops is None and lap.fill == 0.8 and lap.wait == 0
+    assert lap.left > 0
+
+
+# --- the same numbers, faster --------------------------------------------------------------------
+
+
+def test_the_written_gradient_of_attention_is_autodiffs(float64):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(3, n, 4)) for n in (5, 7, 7))
+    bias = rng.normal(size=(3, 5, 7))
+    bias[:, :, 5:] = -1e30
+    bias[:, 2] = -1e30  # a query that may attend to nothing
+
+    def plain(q, k, v, bias):
+        weights = jax.nn.softmax(jax.numpy.einsum("hnd,hmd->hnm", q, k) + bias)
+        return jax.numpy.einsum("hnm,hmd->hnd", weights, v)
+
+    weigh = rng.normal(size=(3, 5, 4))
+    found, expected = (
+        jax.value_and_grad(lambda *x: (f(*x) * weigh).sum(), argnums=(0, 1, 2, 3))(q, k, v, bias)  # noqa: B023
+        for f in (attend, plain)
+    )
+    tree_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_several_steps_in_one_call_are_the_steps(dataset, float64):
+    """`lax.scan` over stacked batches: the same losses and the same state."""
+    plain, state_1 = run(make_experiment(dataset, 2, "float64"), 6)
+    together = make_experiment(dataset, 2, "float64", steps_per_call=3)
+    losses, state_3 = run(together, 6)
+    np.testing.assert_allclose(losses, plain, rtol=1e-12)
+    tree_close(state_3.params, state_1.params, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("checkpoint.every_steps", 7, r"every_steps \(7\) must be a multiple of .*\(5\): 5 or 10"),
+        ("train.num_steps", 42, r"num_steps \(42\) must be a multiple"),
+        ("data.buckets", (12, 29), "needs graphs of one bucket, and the data have 2"),
+    ],
+)
+def test_steps_per_call_refuses_what_it_cannot_align(cache_dir, key, value, message):
+    config = load_config("qm9", "smoke")
+    config.data.cache_dir = cache_dir
+    config.log.every_steps = 5
+    config.train.steps_per_call = 5
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        build_experiment(config)
+
+
+def test_a_killed_run_of_several_steps_a_call_goes_on_bit_for_bit(runner, tmp_path):
+    several = ["--config.train.steps_per_call=5", "--config.log.every_steps=5"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    runner.run(whole, *several, config="nbody.py:smoke")
+    runner.kill_after(cut, 3, *several, config="nbody.py:smoke")
+    said = runner.run(cut, *several, config="nbody.py:smoke")
+    assert "resumed at step" in said
+    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
+    hashes = [json.loads((d / "result.json").read_text())["state_sha256"] for d in (whole, cut)]
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("variant", ["default", "environment", "egnn_qm9"])
+def test_bfloat16_is_near_float32(variant):
+    """8 bits: predictions within 3 % of their size, gradients in the same direction."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        model, params = build(variant, dtype=dtype, width=32)
+        params = jax.tree.map(np.float32, params)
+        graph = graph_for(model, np.random.default_rng(9))
+        graph = jax.tree.map(lambda x: np.float32(x) if x.dtype == np.float64 else x, graph)
+        value, (gradient, _) = loss_and_gradients(model, params, graph)
+        flat = np.concatenate(
+            [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(gradient)]
+        )
+        found[dtype] = float(value), flat
+    (value, gradient), (value_16, gradient_16) = found["float32"], found["bfloat16"]
+    assert abs(value_16 / value - 1) < 0.06  # of a square
+    cosine = gradient @ gradient_16 / np.linalg.norm(gradient) / np.linalg.norm(gradient_16)
+    assert cosine > 0.99
+
+
+def test_each_step_compiles_once_per_bucket(runner, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    flags = ["--config.data.buckets=(17,20,29)", "--config.train.num_steps=60"]
+    said = runner.run(tmp_path / "run", *flags)
+    for name in ("train_step", "evaluate"):
+        assert said.count(f"Finished XLA compilation of jit({name})") == 3, name
+
+
+# --- what a person sees -------------------------------------------------------------------------
+
+
+def test_stacked_batches_are_the_batches(dataset):
+    bucket = dataset.buckets[-1]
+    graphs = [
+        pipeline.gather(dataset.arrays, np.arange(start, start + 3), bucket) for start in (0, 3)
+    ]
+    number, both = pipeline.stacked([(5, g) for g in graphs])
+    assert number == 5 and both.velocity is None
+    np.testing.assert_array_equal(both.position[1], graphs[1].position)
+    assert pipeline.stacked([(2, graphs[0])]) == (2, graphs[0])
+
+
+def test_phases_are_told_by_names():
+    phase = profile.phase_of
+    assert phase("jit(train_step)/jvp(vmap(Demetar))/joint_0/add", "fusion.3") == "forward"
+    assert phase("jit(train_step)/transpose(jvp(vmap(Demetar)))/add", "fusion.4") == "backward"
+    assert phase("jit(train_step)/shard_map/psum", "all-reduce.1") == "all-reduce"
+    assert phase("jit(train_step)/mul", "multiply.9") == "optimizer"
+
+
+def test_a_loop_does_not_count_its_body_twice():
+    event = lambda name, ts, dur, tid=0: {
+        "ph": "X", "pid": 0, "tid": tid, "ts": ts, "dur": dur, "args": {"hlo_op": name}
+    }  # fmt: skip
+    events = [
+        event("while", 0, 100),
+        event("dot", 10, 30),
+        event("add", 50, 20),
+        event("dot", 0, 5, 1),
+    ]
+    assert profile.self_times(events) == {"while": 50, "dot": 35, "add": 20}
+
+
+def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path):
+    said = runner.run(
+        None,
+        f"--config={REPOSITORY}/configs/qm9.py:smoke",
+        f"--config.data.cache_dir={runner.cache_dir}",
+        "--config.model.width=16",
+        "--steps=3",
+        f"--trace={tmp_path}",
+        module="demetar.profile",
+    )
+    rows = {words[0]: words[1] for words in map(str.split, said.splitlines()) if len(words) > 1}
+    for name in ("assemble", "transfer", *profile.PHASES, "idle", "log", "save", "evaluate"):
+        assert float(rows[name]) >= 0, name
+    assert float(rows["forward"]) > 0 and float(rows["backward"]) > 0
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_progress_tells_share_of_the_peak_fill_and_data_wait(runner, tmp_path):
+    said = runner.run(tmp_path / "run")
+    lines = [line for line in said.splitlines() if line.startswith("step ") and "ETA" in line]
+    assert all("fill" in line and "data wait" in line for line in lines)
+    assert "of peak" in lines[-1]
