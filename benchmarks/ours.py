@@ -49,7 +49,7 @@ class Measured:
 
 
 class Run:
-    """Trains without logging, evaluating and saving; call `train` again and again."""
+    """Trains without logging, evaluating and saving; `warm_up`, then `train` again and again."""
 
     def __init__(self, config):
         flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
@@ -75,9 +75,8 @@ class Run:
         self._flags = sharding.flags(experiment.mesh, False)
         self._scale = np.float32(1)
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self._state.params))
-        self._compile_all()
 
-    def _compile_all(self) -> None:
+    def warm_up(self) -> None:
         """One step of each bucket, so that none is compiled while the clock runs."""
         missing = set(range(len(self.plan.buckets)))
         while missing:
@@ -133,13 +132,24 @@ class Run:
         jax.block_until_ready(outputs)
         return graphs / (time.perf_counter() - start)
 
-    def step_seconds(self, bucket: int, seconds: float = 3.0) -> float:
-        """Median time of a step of one bucket, on one batch."""
-        batch = next(b for k, b in iter(self._next, None) if k == bucket)
+    def steps_of(self, bucket: int, seconds: float) -> float:
+        """Median time of a call for steps of one bucket, over the same few batches, in seconds."""
+        together = self.experiment.config.train.steps_per_call
+        size, mesh = len(self._rows), self.experiment.mesh
+        found = (k for k in range(self.plan.steps_per_epoch) if self.plan[k][0] == bucket)
+        graphs = [self.plan[next(found)][1] for _ in range(4 * together)]
+        limits = self.plan.buckets[bucket]
+
+        def place(part):
+            gathered = [(bucket, pipeline.gather(self.experiment.arrays, g, limits)) for g in part]
+            return sharding.to_devices(pipeline.stacked(gathered)[1], mesh, size, together > 1)
+
+        batches = [place(graphs[k::4]) for k in range(4)]
+        float(np.sum(self._train_on(bucket, batches[0]).loss))  # compiles
         times, start = [], time.perf_counter()
-        for _ in itertools.count():
+        for batch in itertools.cycle(batches):
             begin = time.perf_counter()
-            float(self._train_on(bucket, batch).loss)
+            float(np.sum(self._train_on(bucket, batch).loss))
             times.append(time.perf_counter() - begin)
             if time.perf_counter() - start > seconds and len(times) > 2:
-                return float(np.median(times))
+                return float(np.median(times)) / together

@@ -53,6 +53,7 @@ class OurWorker:
             "mesh.cpu_devices": os.cpu_count(),
         }
         self._run = Run(load_config(text, changes))
+        self._run.warm_up()
         self.num_parameters = self._run.num_parameters
 
     def train(self, seconds: float) -> float:

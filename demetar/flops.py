@@ -14,7 +14,6 @@ import math
 import jax
 import numpy as np
 
-
 # A jitted function whose name starts so moves rows by products with ones and zeros, in the place
 # of a gather or scatter: no operations of the model.
 SELECTS = "select_rows"

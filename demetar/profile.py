@@ -11,7 +11,9 @@ in a workdir, and no run is touched.
 
 import collections
 import concurrent.futures
+import contextlib
 import gzip
+import io
 import json
 import pathlib
 import re
@@ -141,13 +143,15 @@ class Profile:
         return spent
 
     def _log_seconds(self) -> float:
-        """One progress line with its metrics."""
+        """One progress line with its metrics; the second, as the first compiles the schedule."""
         experiment = self._experiment
         write = writers.Writers(self._folder, 0, 0, is_main=True)
         progress = train.new_progress(len(experiment.dataset.targets))
         pace = train.new_pace(experiment, self._plan, 0, concurrent.futures.Future())
-        start = time.perf_counter()
-        train.log_train(write, progress, pace, experiment, 1, 1.0)
+        with contextlib.redirect_stderr(io.StringIO()):
+            for step in (1, 2):
+                start = time.perf_counter()
+                train.log_train(write, progress, pace, experiment, step, 1.0)
         seconds = time.perf_counter() - start
         write.close()
         return seconds
@@ -183,10 +187,14 @@ class Profile:
         names = op_names(program.as_text())
         devices = len(experiment.mesh.local_devices)
         busy = collections.Counter()
-        for instruction, microseconds in self_times(read_trace(trace)).items():
+        events = read_trace(trace)
+        for instruction, microseconds in self_times(events).items():
             if instruction in names:
                 phase = phase_of(names[instruction], instruction)
                 busy[phase] += microseconds / 1e6 / devices / len(steps)
+        ends = [e["ts"] + e["dur"] for e in events]
+        window = (max(ends) - min(e["ts"] for e in events)) / 1e6 / len(steps)
+        idle = max(0.0, window - sum(busy.values()))
         host = {name: seconds / len(steps) for name, seconds in spent.items()}
         rows = [
             ("assemble", host["assemble"], "on threads of Grain while the devices work: hidden"),

@@ -26,7 +26,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
         # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if jax.default_backend() == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
         if jax.process_count() > 1:
             _let_gloo_yield()
 
@@ -36,7 +36,7 @@ def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
     return pathlib.Path(config.data.cache_dir or default_cache_dir())
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Lets glibc keep what is freed, instead of giving it back to the system every step.
 
     XLA allocates the temporaries of a step anew each time. Above 32 MB glibc maps and unmaps

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 from demetar.graph import Array, Graph
 
+_FILL = 0.5  # share of all pairs that must be edges for a matrix
+
 
 class Messages(Protocol):
     """What models need of a layout; M stands for its dimensions, [N, N] or [2E].
@@ -88,7 +90,7 @@ def messages_of(graph: Graph) -> Messages:
     """The messages of one graph without padding values, in the layout that holds less."""
     num_nodes, num_edges = len(graph.node_mask), len(graph.edge_mask)
     dtype = graph.position.dtype
-    if num_nodes**2 <= 4 * num_edges:  # at least half of all pairs
+    if _FILL * num_nodes**2 <= 2 * num_edges:
         number_N = jnp.arange(num_nodes)
         one_hot = lambda ends_E: ((ends_E[:, None] == number_N) & graph.edge_mask[:, None]).astype(
             dtype
