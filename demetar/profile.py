@@ -174,37 +174,51 @@ class Profile:
         evaluator.run(self._state.ema, "validation")
         return time.perf_counter() - start
 
-    def table(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
-        """Rows: name, milliseconds a step, a remark."""
-        experiment = self._experiment
-        config, steps = experiment.config, self._steps
-        start = time.perf_counter()
-        self._run(steps)
-        wall = (time.perf_counter() - start) / len(steps)
-        with jax.profiler.trace(str(trace)):
-            spent = self._run(steps)
-        program = self._step.program(self._bucket)
-        names = op_names(program.as_text())
-        devices = len(experiment.mesh.local_devices)
-        busy = collections.Counter()
+    def _on_devices(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
+        """Rows of what the devices do, of a trace of the steps: seconds a step of one of them."""
+        names = op_names(self._step.program(self._bucket).as_text())
+        devices, steps = len(self._experiment.mesh.local_devices), len(self._steps)
         events = read_trace(trace)
+        busy = collections.Counter()
         for instruction, microseconds in self_times(events).items():
             if instruction in names:
                 phase = phase_of(names[instruction], instruction)
-                busy[phase] += microseconds / 1e6 / devices / len(steps)
+                busy[phase] += microseconds / 1e6 / devices / steps
         ends = [e["ts"] + e["dur"] for e in events]
-        window = (max(ends) - min(e["ts"] for e in events)) / 1e6 / len(steps)
+        window = (max(ends) - min(e["ts"] for e in events)) / 1e6 / steps
         idle = max(0.0, window - sum(busy.values()))
-        host = {name: seconds / len(steps) for name, seconds in spent.items()}
+        remark = f"of a device; {1e3 * window:.2f} ms a step under the profiler"
+        return [*((phase, busy[phase], "") for phase in PHASES), ("idle", idle, remark)]
+
+    def _headline(self, wall: float) -> str:
+        """Rate and share of the peak, of steps that took `wall` seconds each."""
+        experiment, steps = self._experiment, self._steps
+        config, sizes = experiment.config, experiment.arrays.sizes
+        graphs = np.concatenate([self._plan[step][1] for step in steps])
+        graphs = graphs[graphs >= 0]
+        flops = experiment.graph_cost.flops(sizes.num_nodes[graphs], sizes.num_edges[graphs]).sum()
+        machine = measured_machine(runtime.cache_dir(config), config.model.dtype)
+        bucket, share = self._plan.buckets[self._bucket], flops / len(steps) / wall / machine.flops
+        return (
+            f"One step of bucket {bucket.num_nodes}/{bucket.num_edges}, batch "
+            f"{config.data.batch_size}: {1e3 * wall:.2f} ms, {len(graphs) / len(steps) / wall:.0f} "
+            f"{experiment.dataset.items}/s, {share:.1%} of {machine.flops / 1e9:.0f} GFLOP/s; "
+            f"mean of {len(steps)} steps."
+        )
+
+    def table(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
+        """Rows: name, milliseconds a step, a remark."""
+        config, steps = self._experiment.config, len(self._steps)
+        start = time.perf_counter()
+        self._run(self._steps)
+        wall = (time.perf_counter() - start) / steps
+        with jax.profiler.trace(str(trace)):
+            host = self._run(self._steps)
+        hidden = "in training on threads of Grain, while the devices work"
         rows = [
-            ("assemble", host["assemble"], "on threads of Grain while the devices work: hidden"),
-            ("transfer", host["transfer"], "host arrays to the devices"),
-            *((phase, busy[phase], "") for phase in PHASES),
-            (
-                "idle",
-                max(0.0, wall - sum(busy.values())),
-                "of a device, in a step without profiler",
-            ),
+            ("assemble", host["assemble"] / steps, hidden),
+            ("transfer", host["transfer"] / steps, "host arrays to the devices"),
+            *self._on_devices(trace),
         ]
         for name, seconds, every in (
             ("log", self._log_seconds(), config.log.every_steps),
@@ -212,19 +226,7 @@ class Profile:
             ("evaluate", self._evaluate_seconds(), config.train.eval_every),
         ):
             rows.append((name, seconds / every, f"{seconds:.3f} s every {every} steps"))
-        sizes, size = experiment.arrays.sizes, config.data.batch_size
-        graphs = np.concatenate([self._plan[step][1] for step in steps])
-        graphs = graphs[graphs >= 0]
-        flops = experiment.graph_cost.flops(sizes.num_nodes[graphs], sizes.num_edges[graphs]).sum()
-        machine = measured_machine(runtime.cache_dir(config), config.model.dtype)
-        bucket = self._plan.buckets[self._bucket]
-        share = flops / len(steps) / wall / machine.flops
-        say(
-            f"One step of bucket {bucket.num_nodes}/{bucket.num_edges}, batch {size}: "
-            f"{1e3 * wall:.2f} ms, {len(graphs) / len(steps) / wall:.0f} "
-            f"{experiment.dataset.items}/s, {share:.1%} of {machine.flops / 1e9:.0f} GFLOP/s; "
-            f"{len(steps)} steps, {devices} devices."
-        )
+        say(self._headline(wall))
         return [(name, 1e3 * seconds, remark) for name, seconds, remark in rows]
 
 
