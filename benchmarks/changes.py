@@ -59,7 +59,8 @@ CHANGES = {
         "the exponential is fused with linspace: 10 % less",
     ),
     "environment of atoms and edges (for accuracy)": (
-        QUICK, TWO | {"model.environment": False}, [], TWO, "as many exponentials again as the biases of pairs: 10 % more time, for better features",
+        QUICK, TWO | {"model.environment": False}, [], TWO,
+        "twice the exponentials of the pairs' biases: 10 % more time, for better features",
     ),
     "two virtual devices instead of one": (
         QUICK, {"mesh.cpu_devices": 1}, [], TWO, "small loops on both cores: 30 % less",

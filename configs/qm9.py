@@ -178,7 +178,7 @@ def _quick(config: ConfigDict) -> None:
         config.data.edges = "complete"
         config.train.accumulation = 8  # what 4 molecules need stays in the cache of a core
     config.optim.warmup_steps = 300
-    config.train.update({"num_steps": 14_000, "eval_every": 2_000})
+    config.train.update({"num_steps": 10_000, "eval_every": 2_000})
     config.checkpoint.every_steps = 1_000
     config.log.every_steps = 200
     config.mesh.cpu_devices = 2

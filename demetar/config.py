@@ -24,9 +24,18 @@ def to_json(config: ml_collections.ConfigDict) -> dict:
     return json.loads(config.to_json_best_effort())
 
 
+# Keys that younger versions added, with the value that older ones behaved by.
+_ADDED = {"train": {"steps_per_call": 1}}
+
+
 def from_json(fields: dict) -> ml_collections.ConfigDict:
-    """The config of a saved `config.json`; data, never code."""
-    return ml_collections.ConfigDict(fields).lock()
+    """The config of a saved `config.json`, also of an older version; data, never code."""
+    return ml_collections.ConfigDict(_completed(fields)).lock()
+
+
+def _completed(fields: dict) -> dict:
+    """With the keys that younger versions added."""
+    return fields | {group: keys | fields[group] for group, keys in _ADDED.items()}
 
 
 def real_dtype(config: ml_collections.ConfigDict) -> np.dtype:
@@ -51,7 +60,7 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
       saved: `{"config": ..., "passport": ...}` of the run in `workdir`.
       today: the same of the command.
     """
-    old, new = _flat(saved), _flat(today)
+    old, new = _flat(saved | {"config": _completed(saved["config"])}), _flat(today)
     differing = [
         f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} today"
         for key in sorted(old.keys() | new.keys())
