@@ -10,6 +10,7 @@ nobody to wait for.
                                         leaves with everyone, or says why not
 """
 
+import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
@@ -54,6 +55,8 @@ class Job:
       interruption: whether this process was asked to stop.
       watch: tells the others what this one does.
       attempt: name of this start, the same on all processes.
+      background: one thread for what may run beside the steps; what it has not begun when the
+        job ends, however it ends, is given up.
     """
 
     def __init__(self, place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict):
@@ -61,6 +64,7 @@ class Job:
         self.source, self.process, self.count = place.source, place.process, place.count
         self.attempt = f"{time.time_ns()}"
         self.watch: Watch | None = None
+        self.background = concurrent.futures.ThreadPoolExecutor(1, "background")
         self.interruption = Interruption(self._leave_at_once)
         self.interruption.install()
 
@@ -287,6 +291,8 @@ def job(place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict) 
         if joined.watch is None:
             raise
         code = joined.fail(error)
+    finally:
+        joined.background.shutdown(wait=False, cancel_futures=True)
     if joined.count == 1:
         sys.exit(code)
     sys.stdout.flush()

@@ -86,7 +86,6 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     loop_start = time.perf_counter() - progress["train_seconds"]  # as if never stopped
     write = writers.Writers(workdir, first_step, progress["last_eval_step"], job.is_main)
     identity_log = writers.IdentityLog(workdir, job.process) if config.log.identity else None
-    compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     graph_cost = concurrent.futures.Future()
     pace = new_pace(experiment, plan, first_step, graph_cost)
     rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
@@ -154,16 +153,15 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
                 f"First step after {time.perf_counter() - start_time:.1f} s, of which "
                 f"{train_step.compile_seconds:.1f} s compiling its bucket."
             )
-            train_step.compile_ahead(compiler)
-            evaluator.compile_ahead(compiler)
-            compiler.submit(lambda: graph_cost.set_result(experiment.graph_cost))
+            train_step.compile_ahead(job.background)
+            evaluator.compile_ahead(job.background)
+            job.background.submit(lambda: graph_cost.set_result(experiment.graph_cost))
         if pending is not None:
             stop = accumulate(progress, pending, experiment, plan, pace, step - together)
         pending = sums
         checkpoints.poll()
 
     ### The end.
-    compiler.shutdown(wait=False, cancel_futures=True)
     job.watch.phase("save", step)
     checkpoints.wait()
     write.close()
