@@ -46,7 +46,7 @@ QUICK = _DEMETAR | dict(width=96, num_heads=16, edge_attention="full", environme
 SWEEPS = {
     "batch": (8, 16, 32, 64, 128, 256),
     "width": (32, 64, 128, 256, 512),
-    "depth": (2, 4, 8, 16),
+    "depth": (2, 4, 8, 16),  # joint layers, beside one of nodes and one of edges
 }
 
 

@@ -190,7 +190,7 @@ def _num_parameters(log: pathlib.Path) -> int:
 
 def _rate(log: pathlib.Path) -> float:
     """Median over progress lines; the first, which waits for compiling, is left out."""
-    rates = [int(x) for x in re.findall(r"(\d+) systems/s  ETA", log.read_text())]
+    rates = [int(x) for x in re.findall(r"(\d+) systems/s", log.read_text())]
     return float(np.median(rates[1:])) if len(rates) > 1 else 0.0
 
 

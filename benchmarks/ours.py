@@ -88,6 +88,7 @@ class Run:
 
     def _next(self):
         bucket, graphs = next(self._batches)
+        self._arrived = time.perf_counter()
         self._graphs = int(graphs.graph_mask.sum())
         self._done += 1
         return bucket, sharding.to_devices(graphs, self.experiment.mesh, len(self._rows))
@@ -107,7 +108,7 @@ class Run:
             members = self.plan[self._done][1]
             members = members[members >= 0]
             bucket, batch = self._next()
-            wait += time.perf_counter() - before
+            wait += self._arrived - before
             sums = self._train_on(bucket, batch)
             if pending is not None:
                 float(pending.loss)
@@ -136,7 +137,7 @@ class Run:
         """Median time of a call for steps of one bucket, over the same few batches, in seconds."""
         together = self.experiment.config.train.steps_per_call
         size, mesh = len(self._rows), self.experiment.mesh
-        found = (k for k in range(self.plan.steps_per_epoch) if self.plan[k][0] == bucket)
+        found = (k for k in itertools.count() if self.plan[k][0] == bucket)
         graphs = [self.plan[next(found)][1] for _ in range(4 * together)]
         limits = self.plan.buckets[bucket]
 

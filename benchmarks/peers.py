@@ -19,6 +19,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -141,20 +142,29 @@ class Entry:
 
     def __init__(self, name: str, batch_size: int):
         command = [sys.executable, __file__, f"--serve={name}", f"--batch={batch_size}"]
-        pipe = subprocess.PIPE
+        self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=REPOSITORY,
         )
+        self.parameters = self._answer()["parameters"]
+
+    def _answer(self):
         line = self._process.stdout.readline()
         if not line:
-            error = self._process.stderr.read().strip().splitlines()
-            raise RuntimeError(error[-1] if error else "ended without a word")
-        self.parameters = json.loads(line)["parameters"]
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines()
+            raise RuntimeError(said[-1] if said else "ended without a word")
+        return json.loads(line)
 
     def ask(self, kind: str, seconds: float) -> float:
         self._process.stdin.write(f"{kind} {seconds}\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        return self._answer()
 
     def close(self) -> None:
         self._process.stdin.close()

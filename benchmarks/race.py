@@ -9,8 +9,9 @@ Each entry trains on HOMO of QM9, split `dimenet`, L1 on standardised targets, a
 `--minutes` of wall-clock. Peers: their published peak rate, Adam, linear warm-up over 2 % of
 the time and a cosine to 0 at its end (their own schedules are for days); their clock stands
 still while they are evaluated, and starts when data and model are there. Ours: `demetar.main`,
-whose clock runs from its first step on, compiling and evaluating included. Validation chooses
-nothing here: the last weights are the result. The test split is not looked at.
+whose clock runs from its card on, compiling and evaluating included. The last weights are the
+result, on the validation split: our settings were chosen on it, those of the peers are their
+authors'. `demetar.main` also tests, as it always does, after its time; nothing here reads it.
 
 Writes benchmarks/results/race/<entry>.json; `speed_page.py` draws them.
 """

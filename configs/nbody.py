@@ -30,10 +30,12 @@ _SEED = {
     "mlp_ratio": 2,
     "num_radial": 16,
     "radial_cutoff": 8.0,
-    "edge_attention": "full",
+    "attention": "all",  # all | edges
+    "edge_attention": "full",  # full | shared_node | none
     "edge_atoms": False,
     "pair_bias": False,
     "scaling": "standard",
+    "remat": False,
     "dropout": 0.0,
     "dtype": "float32",
 }
@@ -127,7 +129,7 @@ def _full(model: str) -> ConfigDict:
                 "num_steps": 8_000,
                 "loss": "mse",  # mae | mse
                 "accumulation": 1,  # micro-batches a step
-                "steps_per_call": 10,  # of the device; more than 1 needs graphs of one bucket
+                "steps_per_call": 1,  # more, where a step takes less time than its dispatch
                 "eval_every": 400,
             },
             "checkpoint": {
@@ -169,6 +171,6 @@ def _smoke(config: ConfigDict) -> None:
     config.data.general.update({"num_train": 64, "num_validation": 32, "num_test": 32})
     config.data.update({"batch_size": 16, "eval_batch_size": 32})
     config.optim.warmup_steps = 10
-    config.train.update({"num_steps": 40, "eval_every": 20, "steps_per_call": 1})
+    config.train.update({"num_steps": 40, "eval_every": 20})
     config.checkpoint.every_steps = 5
     config.log.every_steps = 1

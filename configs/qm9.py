@@ -103,7 +103,7 @@ def _full() -> ConfigDict:
                 "num_steps": 258_000,  # 300 epochs
                 "loss": "mae",  # mae | mse, of standardised targets
                 "accumulation": 1,  # micro-batches a step
-                "steps_per_call": 1,  # of the device; more than 1 needs graphs of one bucket
+                "steps_per_call": 1,  # more needs graphs of one bucket
                 "eval_every": 4_300,
             },
             "checkpoint": {

@@ -44,10 +44,13 @@ def get_config(arg: str = "") -> ConfigDict:
                 "mlp_ratio": 4,
                 "num_radial": 64,
                 "radial_cutoff": 8.0,  # angstrom
+                "attention": "all",
                 "edge_attention": "full",
                 "edge_atoms": True,
                 "pair_bias": True,
+                "environment": True,
                 "scaling": "standard",
+                "remat": False,
                 "dropout": 0.0,
                 "dtype": "bfloat16",
             },

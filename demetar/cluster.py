@@ -293,11 +293,10 @@ def job(place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict) 
         code = joined.fail(error)
     finally:
         joined.background.shutdown(wait=False, cancel_futures=True)
-    if joined.count == 1:
-        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # sys.exit would wait in a barrier of JAX for those that are gone
+    # sys.exit would wait in a barrier of JAX for those that are gone, and for what compiles.
+    os._exit(code)
 
 
 def code_sha256() -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from data_pipelines.plan import Bucket
 from demetar import config as config_lib
 from demetar import flops, sharding
 from demetar.errors import UserError, suggest
-from demetar.models import create_model
+from demetar.models import create_model, messages
 from demetar.optim import learning_rate, make_optimizer
 from demetar.state import TrainState, create_state
 from demetar.task import ERRORS, Normalization, standardize
@@ -95,9 +96,9 @@ class Experiment:
 
         example = lambda n, e: (self._shapes.params, self.abstract_batch(Bucket(n, e), 1))
         sizes = self.arrays.sizes
-        return flops.graph_cost(
-            jax.grad(summed), example, np.stack([sizes.num_nodes, sizes.num_edges], axis=1)
-        )
+        known = np.stack([sizes.num_nodes, sizes.num_edges], axis=1)
+        with messages.least_fill(math.inf):  # a matrix also holds pairs that are no edges
+            return flops.graph_cost(jax.grad(summed), example, known)
 
 
 def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experiment:
@@ -171,7 +172,8 @@ def _check(config: ml_collections.ConfigDict, mesh) -> None:
     ):
         value = config[group][key]
         if value % together:
+            near = [n for n in (value - value % together, value + -value % together) if n]
             raise UserError(
                 f"config.{group}.{key} ({value}) must be a multiple of config.train.steps_per_call "
-                f"({together}): {value - value % together} or {value + -value % together}."
+                f"({together}): {' or '.join(map(str, near))}."
             )

@@ -156,7 +156,7 @@ def graph_cost(gradient, example, sizes_Gx2: np.ndarray) -> GraphCost:
       sizes_Gx2: nodes and edges of the graphs of a data set.
     """
     known = np.unique(sizes_Gx2, axis=0)
-    known = known[known[:, 1] > 0]
+    known = known[known[:, 1] > 0] if known[:, 1].any() else known
     picked = known[np.unique(np.linspace(0, len(known) - 1, 7).round().astype(int))]
     counts = [count(gradient, *example(int(n), int(e))) for n, e in picked]
     matmul = np.array([c.matmul for c in counts])

@@ -8,6 +8,7 @@ measured in the same way (never tried there).
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import platform
 import time
@@ -49,7 +50,7 @@ def measured_machine(cache_dir: str | pathlib.Path, dtype) -> Machine:
     """
     description = (
         f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {_processor()}, "
-        f"jaxlib {jax.lib.__version__}"
+        f"{_cores()} cores, jaxlib {jax.lib.__version__}"
     )
     name = hashlib.sha256(f"{description} {jnp.dtype(dtype).name}".encode()).hexdigest()[:12]
     file = pathlib.Path(cache_dir) / f"machine-{name}.json"
@@ -65,11 +66,16 @@ def measured_machine(cache_dir: str | pathlib.Path, dtype) -> Machine:
     return machine
 
 
+def _cores() -> int:
+    """How many this process may use: a launcher may have given each process its own."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _processor() -> str:
     """The CPU's name, where Linux says it; several kinds may share one cache folder."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        found = [x.split(":")[1].strip() for x in lines if x.startswith(("model", "cpu MHz"))]
+        found = [x.split(":")[1].strip() for x in lines if x.startswith("model")]
         return f"{found[1]} model {found[0]}"
     except (OSError, IndexError):
         return platform.machine()

@@ -367,6 +367,7 @@ def _main(argv) -> None:
     if _BATCH.value:
         config.data.batch_size = _BATCH.value
     config.mesh.cpu_devices = 0
+    config.train.steps_per_call = 1  # one step is what is counted
     chip, devices = planned_devices(_TOPOLOGY.value)
     runtime.configure(config)
     # What is compiled for another machine cannot be read back on this one.

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -85,8 +86,8 @@ def self_times(events) -> collections.Counter:
 
 
 def read_trace(folder: pathlib.Path) -> list[dict]:
-    """The operations of the devices in a trace."""
-    file = next(folder.rglob("*.trace.json.gz"))
+    """The operations of the devices in the newest trace of a folder."""
+    file = max(folder.rglob("*.trace.json.gz"), key=lambda file: file.stat().st_mtime)
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     return [e for e in events if e.get("ph") == "X" and "hlo_op" in e.get("args", {})]
 
@@ -107,8 +108,8 @@ class Profile:
         self._rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
         # The bucket of most steps: one program, so that names of operations are unique.
         self._bucket = int(np.argmax(self._plan.batches_per_bucket))
-        found = (k for k in range(self._plan.steps_per_epoch) if self._plan[k][0] == self._bucket)
-        self._steps = [next(found) for _ in range(min(_STEPS.value, self._plan.steps_per_epoch))]
+        found = (k for k in itertools.count() if self._plan[k][0] == self._bucket)
+        self._steps = list(itertools.islice(found, _STEPS.value))
         self._step = train.compiled_train_step(experiment)
         self._state = experiment.create_state()
         self._flags = sharding.flags(experiment.mesh, False)
@@ -196,14 +197,18 @@ class Profile:
         config, sizes = experiment.config, experiment.arrays.sizes
         graphs = np.concatenate([self._plan[step][1] for step in steps])
         graphs = graphs[graphs >= 0]
-        flops = experiment.graph_cost.flops(sizes.num_nodes[graphs], sizes.num_edges[graphs]).sum()
+        known = sizes.num_nodes[graphs], sizes.num_edges[graphs]
+        flops = experiment.graph_cost.flops(*known).sum()
+        moved = experiment.graph_cost.bytes(*known).mean()
         machine = measured_machine(runtime.cache_dir(config), config.model.dtype)
         bucket, share = self._plan.buckets[self._bucket], flops / len(steps) / wall / machine.flops
         return (
             f"One step of bucket {bucket.num_nodes}/{bucket.num_edges}, batch "
             f"{config.data.batch_size}: {1e3 * wall:.2f} ms, {len(graphs) / len(steps) / wall:.0f} "
             f"{experiment.dataset.items}/s, {share:.1%} of {machine.flops / 1e9:.0f} GFLOP/s; "
-            f"mean of {len(steps)} steps."
+            f"mean of {len(steps)} steps. Each of the {experiment.dataset.items} asks for "
+            f"{flops / len(graphs) / 1e6:.2f} MFLOP and, were nothing fused or cached, "
+            f"{moved / 1e6:.2f} MB; the memory's peak is {machine.bytes_per_s / 1e9:.1f} GB/s."
         )
 
     def table(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
@@ -237,6 +242,7 @@ def _main(argv) -> None:
     config = _CONFIG.value
     if place.find_place(None, None, None).count > 1:
         raise UserError("demetar.profile looks at one process: start it outside of the job.")
+    config.train.steps_per_call = 1  # one step is what is looked at
     runtime.configure(config)
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

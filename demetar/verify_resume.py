@@ -133,6 +133,7 @@ def run_to(workdir: pathlib.Path, arguments: list[str], stop_at: int, every: int
     """Starts processes that train until `stop_at`, saving `every` few steps, with all logs on."""
     more = [f"--workdir={workdir}", f"--config.checkpoint.stop_at={stop_at}"]
     more += [f"--config.checkpoint.every_steps={every}", "--config.log.every_steps=1"]
+    more += ["--config.train.steps_per_call=1"]  # it may have to stop anywhere
     return LocalJob([*arguments, *more, "--config.log.identity=True"], count, quiet=True)
 
 

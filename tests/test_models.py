@@ -34,6 +34,8 @@ MOLECULES = {
     "along_edges": SEED | {"attention": "edges", "edge_attention": "none"},
     "remat": SEED | {"remat": True},
     "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),
+    # Another width: another program than of the same model with listed messages.
+    "egnn_qm9_pairs": dict(name="egnn", readout="sum", width=24, num_layers=2, attention=True),
 }
 PARTICLES = {
     "none": SEED | {"equivariance": "none"},
@@ -44,6 +46,7 @@ PARTICLES = {
     "edge_cross": SEED | {"edge_layers": 0},
     "e3": dict(name="demetar_e3", width=16, rounds=3, num_invariants=4),
     "egnn": dict(name="egnn", width=16, num_layers=3),
+    "egnn_pairs": dict(name="egnn", width=24, num_layers=3),
     "linear": dict(name="linear"),
     "deep_set": dict(name="deep_set", width=16, num_layers=2),
     "set_transformer": dict(name="set_transformer", width=16, num_layers=2),
@@ -128,7 +131,9 @@ def permuted(graph, rng):
 
 @pytest.fixture(params=VARIANTS)
 def model_and_params(request):
-    return build(request.param)
+    """Every variant; messages are listed, as few pairs are edges, or in a matrix."""
+    with messages.least_fill(0.0 if request.param.endswith("pairs") else 0.5):
+        yield build(request.param)
 
 
 def test_registry_holds_what_is_tested():
@@ -190,7 +195,7 @@ def test_depends_on_geometry_types_and_bonds(variant):
             atomic_number=np.roll(graph.atomic_number[:7], 1).repeat([1] * 6 + [4])
         ),
     }
-    if variant != "egnn_qm9":  # which sees all pairs alike, as published
+    if "egnn" not in variant:  # which sees all edges alike, as published
         changes["bonds"] = graph.replace(edge_type=(graph.edge_type + 1) % 5)
     for name, changed in changes.items():
         assert np.abs(output(model, params, changed) - expected).max() > 1e-6, name
@@ -210,7 +215,7 @@ def test_depends_on_positions_velocities_and_charges(variant):
         "velocity": graph.replace(velocity=graph.velocity * 1.1),
         "charge": graph.replace(charge=np.where(one, -graph.charge, graph.charge)),
     }
-    if variant == "egnn" or variant == "e3":  # a force on a particle at rest, out of the plane
+    if "egnn" in variant or variant == "e3":  # a force on a particle at rest, out of the plane
         changes["at rest"] = graph.replace(velocity=np.zeros_like(graph.velocity))
     for name, changed in changes.items():
         assert np.abs(step(changed) - expected).max() > 1e-6, name
@@ -359,9 +364,8 @@ def test_attention_along_all_edges_is_attention_over_all_pairs(pair_bias):
 def test_listed_messages_are_messages_between_pairs(variant, monkeypatch):
     """EGNN's two layouts give the same numbers; which one is taken, shapes decide."""
     model, params = build(variant)
-    graph = complete_graph(np.random.default_rng(15))
-    if variant == "egnn":
-        graph = random_graph(np.random.default_rng(15), 7, 21, Bucket(10, 24), particles=True)
+    particles = variant == "egnn"
+    graph = random_graph(np.random.default_rng(15), 7, 21, Bucket(10, 24), particles=particles)
     assert isinstance(messages.messages_of(graph), messages.Listed)
     listed = loss_and_gradients(model, params, graph)
     pairs = jax.tree.map(lambda x: x, graph).replace(

@@ -58,14 +58,14 @@ def create_model(
             _check(key, value, _CHOICES[key])
     # EGNN's `attention` is a switch, DEMETAr's a name.
     if options.get("attention") == "edges":
-        pairwise = {"edge_attention": "none", "environment": False}
-        wrong = [key for key, value in pairwise.items() if options.get(key, value) != value]
-        if wrong:
-            raise UserError(
-                "config.model.attention='edges' is for graphs too large for all pairs, but "
-                f"config.model.{wrong[0]} ({options[wrong[0]]!r}) looks at pairs: set it to "
-                f"{pairwise[wrong[0]]!r}."
-            )
+        defaults = {field.name: field.default for field in dataclasses.fields(model_class)}
+        for key, value in {"edge_attention": "none", "environment": False}.items():
+            given = options.get(key, defaults[key])
+            if given != value:
+                raise UserError(
+                    "config.model.attention='edges' is for graphs too large for all pairs, but "
+                    f"config.model.{key} ({given!r}) looks at pairs: set it to {value!r}."
+                )
     heads = options.get("num_heads", 1)
     if options.get("width", heads) % heads:
         raise UserError(

@@ -39,6 +39,7 @@ from demetar.models.layers import (
     layer_norm,
     mask_bias,
     safe_norm,
+    select_rows,
 )
 
 EQUIVARIANCES = ("none", "translation", "com", "velocity")
@@ -201,9 +202,9 @@ class Demetar(nn.Module):
         """Of each point: the sum over the atoms of each element of the radial basis, `[P, D]`."""
         distance_NxP = safe_norm(graph.position[:, None] - point_Px3[None])
         is_element_ZxN = graph.atomic_number == jnp.asarray(_ELEMENTS)[:, None]
-        sum_ZxPxK = jnp.einsum(
-            "zn,npk->zpk", is_element_ZxN.astype(self.dtype), self._radial(distance_NxP)
-        )
+        radial_NxPK = self._radial(distance_NxP).reshape(len(distance_NxP), -1)
+        sum_ZxPK = select_rows(is_element_ZxN.astype(self.dtype), radial_NxPK)
+        sum_ZxPxK = sum_ZxPK.reshape(len(_ELEMENTS), len(point_Px3), -1)
         sum_PxF = sum_ZxPxK.transpose(1, 0, 2).reshape(len(point_Px3), -1)
         return Dense(self.width, dtype=self.dtype, name=name)(sum_PxF)
 

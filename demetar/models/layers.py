@@ -173,8 +173,9 @@ def attend_along(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, links: Links) -
     weights_LxH = jnp.where(links.mask_L[:, None], jnp.exp(logits_LxH - most_LxH), 0)
     total_NxH = sums(weights_LxH)
     weights_LxH = weights_LxH / jnp.where(total_NxH > 0, total_NxH, 1)[links.query_L]
-    weights_LxH = weights_LxH.astype(v_HxMxd.dtype)
-    return sums(at(v_HxMxd, links.key_L) * weights_LxH[..., None]).swapaxes(0, 1)
+    v_LxHxd = at(v_HxMxd, links.key_L)
+    mixed_NxHxd = sums(v_LxHxd.astype(wide) * weights_LxH[..., None])
+    return mixed_NxHxd.astype(v_HxMxd.dtype).swapaxes(0, 1)
 
 
 class Attention(nn.Module):
