@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_inside_a_call_names_its_step(runner, tmp_path
     assert re.search(r"Step [2345]: the loss is (nan|inf).* systems \d+", said)
 
 
-@pytest.mark.parametrize("variant", ["default", "environment", "along_edges", "egnn_qm9"])
+@pytest.mark.parametrize("variant", ["default", "environment", "along_edges", "e3", "egnn_qm9"])
 def test_bfloat16_is_near_float32(variant):
     """8 bits: predictions within 3 % of their size, gradients in the same direction."""
     found = {}
