@@ -38,7 +38,7 @@ class Measured:
     Attributes:
       rate: graphs a second.
       flops: operations/s that the model asks for, real atoms only.
-      wait: share of the time in which the loop waited for a batch.
+      wait: share of the time in which the devices had nothing to do, for want of a batch.
       fill: share of node slots that hold atoms.
     """
 
@@ -108,7 +108,8 @@ class Run:
             members = self.plan[self._done][1]
             members = members[members >= 0]
             bucket, batch = self._next()
-            wait += self._arrived - before
+            if pending is None or pending.loss.is_ready():  # the devices had nothing to do
+                wait += self._arrived - before
             sums = self._train_on(bucket, batch)
             if pending is not None:
                 float(pending.loss)

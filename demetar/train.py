@@ -138,7 +138,8 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         job.watch.phase("batch", step)
         waits_since = time.perf_counter()
         bucket, graphs = pipeline.stacked([next(train_iter) for _ in range(together)])
-        pace.waited(time.perf_counter() - waits_since)
+        if pending is None or pending.loss.is_ready():  # the devices had nothing to do meanwhile
+            pace.waited(time.perf_counter() - waits_since)
         batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size, together > 1)
         if identity_log is not None:
             identity_log.write_steps(step + 1, rows, graphs)

@@ -177,7 +177,7 @@ class Lap:
       rate: graphs a second.
       flops: operations/s that the model asks for, real nodes and edges alone; None: not counted.
       fill: share of node slots that hold nodes.
-      wait: share of the time in which the loop waited for a batch.
+      wait: share of the time in which the devices had nothing to do, for want of a batch.
       left: seconds to the end, at the average so far.
     """
 
@@ -207,7 +207,7 @@ class Pace:
         self._steps.append(step)
 
     def waited(self, seconds: float) -> None:
-        """The loop had nothing to do for so long."""
+        """The devices had nothing to do, for want of a batch, for so long."""
         self._wait += seconds
 
     def lap(self, step: int) -> Lap:
