@@ -14,7 +14,7 @@ from test_step import make_experiment, run, tree_close
 
 from data_pipelines import pipeline
 from data_pipelines.plan import BatchPlan, Bucket
-from demetar import flops, machine, profile, writers
+from demetar import flops, machine, trace, writers
 from demetar.errors import UserError
 from demetar.experiment import build_experiment
 from demetar.models import messages
@@ -217,7 +217,7 @@ def test_stacked_batches_are_the_batches(dataset):
 
 
 def test_phases_are_told_by_names():
-    phase = profile.phase_of
+    phase = trace.phase_of
     assert phase("jit(train_step)/jvp(vmap(Demetar))/joint_0/add", "fusion.3") == "forward"
     assert phase("jit(train_step)/transpose(jvp(vmap(Demetar)))/add", "fusion.4") == "backward"
     assert phase("jit(train_step)/shard_map/psum", "all-reduce.1") == "all-reduce"
@@ -234,7 +234,7 @@ def test_a_loop_does_not_count_its_body_twice():
         event("add", 50, 20),
         event("dot", 0, 5, 1),
     ]
-    assert profile.self_times(events) == {"while": 50, "dot": 35, "add": 20}
+    assert trace.self_times(events) == {"while": 50, "dot": 35, "add": 20}
 
 
 @pytest.mark.parametrize("config", ["qm9.py:smoke", "nbody.py:smoke"])
@@ -251,7 +251,7 @@ def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path, config):
         module="demetar.profile",
     )
     rows = {words[0]: words[1] for words in map(str.split, said.splitlines()) if len(words) > 1}
-    for name in ("assemble", "transfer", *profile.PHASES, "idle", "log", "save", "evaluate"):
+    for name in ("assemble", "transfer", *trace.PHASES, "idle", "log", "save", "evaluate"):
         assert float(rows[name]) >= 0, name
     assert float(rows["forward"]) > 0 and float(rows["backward"]) > 0
     assert list(tmp_path.rglob("*.xplane.pb"))
