@@ -161,8 +161,13 @@ def _check(config: ml_collections.ConfigDict, mesh) -> None:
     ):
         if config[group][key] < 1:
             raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")
-    # Whatever happens between steps happens between calls.
-    together = train.steps_per_call
+    if train.steps_per_call > 1:
+        _check_alignment(config)
+
+
+def _check_alignment(config: ml_collections.ConfigDict) -> None:
+    """Whatever happens between steps happens between calls."""
+    together = config.train.steps_per_call
     for group, key in (
         ("train", "num_steps"),
         ("train", "eval_every"),
