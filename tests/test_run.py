@@ -77,8 +77,9 @@ def test_signal_saves_says_how_to_resume_and_has_its_own_code(runner, finished, 
 
 
 def test_the_best_checkpoint_is_kept_and_is_what_is_tested(runner, tmp_path):
-    """A rate that ruins the weights after the first evaluation: the best are the early ones."""
-    flags = ["--config.optim.schedule=constant", "--config.optim.learning_rate=0.1"]
+    """A decay that takes the weights away as the rate grows: the best are early ones."""
+    flags = ["--config.optim.schedule=constant", "--config.optim.learning_rate=0.01"]
+    flags += ["--config.optim.warmup_steps=39", "--config.optim.weight_decay=100"]
     flags += ["--config.train.eval_every=5", "--config.optim.ema_decay=0.0"]
     runner.run(tmp_path, *flags)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
