@@ -11,19 +11,21 @@ what the profile or the arithmetic let expect.
 import argparse
 import contextlib
 import json
-import math
 import os
 import pathlib
 import platform
 import statistics
 from unittest import mock
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from ours import Run, load_config
 
 from demetar import runtime
-from demetar.models import demetar, egnn, layers, messages
+from demetar.models import demetar, egnn, layers
+
+egnn_messages = egnn._messages_of  # what `one_hot_messages` is put in the place of
 
 QUICK, WIDE, EGNN = (f"configs/qm9.py:{name}" for name in ("quick", "wide", "egnn"))
 TWO = {"mesh.cpu_devices": 2}
@@ -43,10 +45,32 @@ def gaussians_by_linspace(distance, num_radial, cutoff):
     return jnp.exp(-0.5 * ((distance[..., None] - centres_K) / spacing) ** 2)
 
 
-def listed_messages(graph):
-    """Messages in a list, gathered and scattered, whatever the graph."""
-    with messages.least_fill(math.inf):
-        return messages.messages_of(graph)
+@flax.struct.dataclass
+class OneHotMessages:
+    """EGNN's messages as they were: ends of edges as rows of ones and zeros, products with them."""
+
+    mask_Mx1: jax.Array
+    to_MxN: jax.Array
+    from_MxN: jax.Array
+
+    @property
+    def count_Nx1(self):
+        return self.to_MxN.sum(axis=0)[:, None]
+
+    def of_receiver(self, x_NxD):
+        return self.to_MxN.astype(x_NxD.dtype) @ x_NxD
+
+    def of_sender(self, x_NxD):
+        return self.from_MxN.astype(x_NxD.dtype) @ x_NxD
+
+    def sum_at_receiver(self, x_MxD, weight_Mx1):
+        return self.to_MxN.T @ (x_MxD * weight_Mx1)
+
+
+def one_hot_messages(graph):
+    listed = egnn_messages(graph)
+    one_hot = lambda ends_M: listed.mask_Mx1 * jax.nn.one_hot(ends_M, listed.num_nodes)
+    return OneHotMessages(listed.mask_Mx1, one_hot(listed.receiver_M), one_hot(listed.sender_M))
 
 
 # name: config, changes of before, what is put in the place of what, changes of after, expectation
@@ -66,13 +90,14 @@ CHANGES = {
     "two virtual devices instead of one": (
         QUICK, {"mesh.cpu_devices": 1}, [], TWO, "small loops on both cores: 30 % less",
     ),
-    "EGNN: messages as pairs, not as a list": (
-        EGNN, TWO | {"train.accumulation": 12}, [(egnn, "messages_of", listed_messages)],
-        TWO | {"train.accumulation": 12}, "no gather, no scatter-add: half",
+    "EGNN: gather and segment sum, not one-hot products": (
+        EGNN, TWO | {"train.accumulation": 12}, [(egnn, "_messages_of", one_hot_messages)],
+        TWO | {"train.accumulation": 12},
+        "a third more operations, in slow products, against two gathers and a sum: 20 % less",
     ),
     "EGNN: 12 micro-batches of 8": (
         EGNN, TWO, [], TWO | {"train.accumulation": 12},
-        "7 layers of pairs are 550 MB a step: from the caches instead of memory, half",
+        "7 layers of messages are 550 MB a step: from the caches instead of memory, half",
     ),
     "EGNN: messages computed again in the backward pass": (
         EGNN, TWO | {"train.accumulation": 12}, [],

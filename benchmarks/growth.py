@@ -5,7 +5,7 @@
 Forward and backward of one batch, on one device with all cores, medians. There are no molecules
 of 512 atoms in QM9: the graphs here are made up, points at random at the density of QM9's
 molecules (0.1 atoms a cubic angstrom), no two closer than 0.9 angstrom, edges up to 3 angstrom.
-So that each call does similar work, a batch has 512 atoms in all, whatever the graph's size.
+So that each call does similar work, a batch has 1024 atoms in all, whatever the graph's size.
 An exponent p is the slope of log(time of a graph) against log(size) over the three largest
 sizes: 1 is linear, 2 quadratic.
 """
@@ -26,7 +26,7 @@ from demetar.graph import Graph
 from demetar.models import create_model
 
 ATOMS = (8, 16, 32, 64, 128, 256, 512)
-ATOMS_OF_BATCH = 512
+ATOMS_OF_BATCH = 1024
 CUTOFF, DENSITY, CLOSEST = 3.0, 0.1, 0.9
 
 _DEMETAR = dict(
@@ -122,7 +122,7 @@ def main() -> None:
     for name, (model, complete) in BY_ATOMS.items():
         times, edges = [], []
         for num_atoms in ATOMS:
-            size = max(1, ATOMS_OF_BATCH // num_atoms)
+            size = ATOMS_OF_BATCH // num_atoms
             batch = make_batch(num_atoms, size, complete)
             times.append(seconds_of(model, batch, options.seconds) / size)
             edges.append(float(batch.edge_mask.sum() / size))

@@ -39,13 +39,11 @@ class Measured:
       rate: graphs a second.
       flops: operations/s that the model asks for, real atoms only.
       wait: share of the time in which the devices had nothing to do, for want of a batch.
-      fill: share of node slots that hold atoms.
     """
 
     rate: float
     flops: float
     wait: float
-    fill: float
 
 
 class Run:
@@ -101,7 +99,7 @@ class Run:
         """Real steps for some seconds; sums of a step are fetched once the next is under way."""
         cost, sizes = self.experiment.graph_cost, self.experiment.arrays.sizes
         flops_G = cost.flops(sizes.num_nodes, sizes.num_edges)
-        graphs = flops = wait = nodes = slots = 0.0
+        graphs = flops = wait = 0.0
         pending, start = None, time.perf_counter()
         while time.perf_counter() - start < seconds:
             before = time.perf_counter()
@@ -116,11 +114,9 @@ class Run:
             pending = sums
             graphs += len(members)
             flops += flops_G[members].sum()
-            nodes += sizes.num_nodes[members].sum()
-            slots += len(self._rows) * self.plan.buckets[bucket].num_nodes
         float(pending.loss)
         seconds = time.perf_counter() - start
-        return Measured(graphs / seconds, flops / seconds, wait / seconds, nodes / slots)
+        return Measured(graphs / seconds, flops / seconds, wait / seconds)
 
     def forward(self, seconds: float) -> float:
         """Graphs a second of prediction alone, batches assembled each time."""

@@ -89,7 +89,7 @@ def main() -> None:
             "gflops": median("flops") / 1e9,
             "share_of_peak": median("flops") / peak.flops,
             "data_wait": median("wait"),
-            "fill_of_node_slots": median("fill"),
+            "fill_of_node_slots": run.plan.node_efficiency,
             "buckets": [[b.num_nodes, b.num_edges] for b in run.plan.buckets],
         }
     result = {

@@ -13,7 +13,7 @@ from conftest import random_graph
 
 from data_pipelines.plan import Bucket
 from demetar.errors import UserError
-from demetar.models import MODELS, apply_one, create_model, messages
+from demetar.models import MODELS, apply_one, create_model
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module
 from demetar.models import egnn as egnn_module
@@ -35,8 +35,6 @@ MOLECULES = {
     "along_edges": SEED | {"attention": "edges", "edge_attention": "none"},
     "remat": SEED | {"remat": True},
     "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),
-    # Another width: another program than of the same model with listed messages.
-    "egnn_qm9_pairs": dict(name="egnn", readout="sum", width=24, num_layers=2, attention=True),
 }
 PARTICLES = {
     "none": SEED | {"equivariance": "none"},
@@ -47,7 +45,6 @@ PARTICLES = {
     "edge_cross": SEED | {"edge_layers": 0},
     "e3": dict(name="demetar_e3", width=16, rounds=3, num_invariants=4),
     "egnn": dict(name="egnn", width=16, num_layers=3),
-    "egnn_pairs": dict(name="egnn", width=24, num_layers=3),
     "linear": dict(name="linear"),
     "deep_set": dict(name="deep_set", width=16, num_layers=2),
     "set_transformer": dict(name="set_transformer", width=16, num_layers=2),
@@ -132,9 +129,7 @@ def permuted(graph, rng):
 
 @pytest.fixture(params=VARIANTS)
 def model_and_params(request):
-    """Every variant; messages are listed, as few pairs are edges, or in a matrix."""
-    with messages.least_fill(0.0 if request.param.endswith("pairs") else 0.5):
-        yield build(request.param)
+    return build(request.param)
 
 
 def test_registry_holds_what_is_tested():
@@ -361,26 +356,6 @@ def test_attention_along_all_edges_is_attention_over_all_pairs(pair_bias):
         np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["egnn", "egnn_qm9"])
-def test_listed_messages_are_messages_between_pairs(variant, monkeypatch):
-    """EGNN's two layouts give the same numbers; which one is taken, shapes decide."""
-    model, params = build(variant)
-    particles = variant == "egnn"
-    graph = random_graph(np.random.default_rng(15), 7, 21, Bucket(10, 24), particles=particles)
-    assert isinstance(messages.messages_of(graph), messages.Listed)
-    listed = loss_and_gradients(model, params, graph)
-    pairs = jax.tree.map(lambda x: x, graph).replace(
-        **{
-            name: np.pad(getattr(graph, name), (0, 20))
-            for name in ("senders", "receivers", "edge_type", "edge_mask")
-        }
-    )
-    assert isinstance(messages.messages_of(pairs), messages.Pairs)
-    expected = loss_and_gradients(model, params, pairs)
-    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(listed), strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("variant", ["default", "egnn_qm9"])
 def test_remat_changes_nothing(variant):
     model, params = build(variant)
@@ -406,16 +381,16 @@ def test_attention_along_edges_refuses_what_looks_at_all_pairs(options):
 def test_split_edge_layer_is_the_joined_one():
     """W [h_i, h_j, s] = W_1 h_i + W_2 h_j + w_3 s: EGNN's first layer, never concatenated."""
     rng = np.random.default_rng(17)
-    h_NxD, s_NxN = rng.normal(size=(5, 4)), rng.normal(size=(5, 5))
+    graph = random_graph(rng)
+    messages = egnn_module._messages_of(graph)
+    h_NxD = rng.normal(size=(len(graph.node_mask), 4))
+    s_Mx1 = rng.normal(size=messages.mask_Mx1.shape)
     w_1, w_2, w_3 = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(1, 6))
-    pair = lambda i, j: np.concatenate([h_NxD[i], h_NxD[j], s_NxN[i, j, None]])
-    joined = np.array([[pair(i, j) for j in range(5)] for i in range(5)]) @ np.vstack(
-        [w_1, w_2, w_3]
-    )
-    layout = messages.Pairs(jnp.ones((5, 5, 1)))
-    split = layout.to_receiver(h_NxD @ w_1) + layout.to_sender(h_NxD @ w_2)
+    ends = np.concatenate([h_NxD[messages.receiver_M], h_NxD[messages.sender_M], s_Mx1], axis=1)
+    joined = ends @ np.vstack([w_1, w_2, w_3])
+    split = messages.of_receiver(h_NxD @ w_1) + messages.of_sender(h_NxD @ w_2)
     scalars = egnn_module._Scalars(6, 9, jnp.float64)
-    split += scalars.apply({"params": {"kernel": w_3}}, [s_NxN[..., None]])
+    split += scalars.apply({"params": {"kernel": w_3}}, [s_Mx1])
     np.testing.assert_allclose(split, joined, rtol=1e-12)
 
 

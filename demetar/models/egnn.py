@@ -15,12 +15,12 @@ import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from demetar.graph import Array, Graph, without_padding_values
 from demetar.models.layers import SYMMETRIES, Dense, safe_norm
-from demetar.models.messages import Messages, messages_of
 
 _ELEMENTS = (1, 6, 7, 8, 9)  # of QM9; node features are one-hot times powers of Z / 9
 _MAX_NUMBER = 9
@@ -61,10 +61,10 @@ class Egnn(nn.Module):
         graph = without_padding_values(graph)
         moves = self.readouts == ("position",)
         x_Nx3 = graph.position
-        messages = messages_of(graph)
+        messages = _messages_of(graph)
         if moves:
             features = safe_norm(graph.velocity)[:, None]
-            ends = lambda x: (messages.to_receiver(x), messages.to_sender(x))
+            ends = lambda x: (messages.of_receiver(x), messages.of_sender(x))
             charge, charge_of_other = ends(graph.charge[:, None])
             scalars = [charge * charge_of_other, _square(*ends(x_Nx3))]
         else:
@@ -87,7 +87,7 @@ class Egnn(nn.Module):
 
 
 class _Layer(nn.Module):
-    """One round of messages; edges here are directed, each pair of a graph is two."""
+    """One round of messages."""
 
     width: int
     attention: bool
@@ -95,20 +95,20 @@ class _Layer(nn.Module):
     updates: bool
 
     @nn.compact
-    def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: Messages, scalars):
+    def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: "_Messages", scalars):
         width, dtype = self.width, h_NxD.dtype
         linear = lambda features, name, **kw: _linear(features, width, dtype, name, **kw)
-        x_to, x_from = messages.to_receiver(x_Nx3), messages.to_sender(x_Nx3)
+        x_to, x_from = messages.of_receiver(x_Nx3), messages.of_sender(x_Nx3)
         scalars = [_square(x_to, x_from), *scalars]
         # phi_e's first layer, split: the products with h are made per node, not per edge, and
         # never concatenated; those with single numbers are no products of matrices.
         fan_in = 2 * width + len(scalars)
         part = lambda name, **kw: _linear(width, fan_in, dtype, name, **kw)
-        m_MxD = messages.to_receiver(part("edge_to")(h_NxD))
-        m_MxD += messages.to_sender(part("edge_from", use_bias=False)(h_NxD))
+        m_MxD = messages.of_receiver(part("edge_to")(h_NxD))
+        m_MxD += messages.of_sender(part("edge_from", use_bias=False)(h_NxD))
         m_MxD += _Scalars(width, fan_in, dtype, name="edge_scalars")(scalars)
         m_MxD = nn.silu(linear(width, "edge_1")(nn.silu(m_MxD)))
-        weight_Mx1 = messages.mask.astype(dtype)
+        weight_Mx1 = messages.mask_Mx1.astype(dtype)
         if self.attention:
             weight_Mx1 *= nn.sigmoid(linear(1, "attention")(m_MxD))
         if self.moves:
@@ -116,7 +116,7 @@ class _Layer(nn.Module):
             last = Dense(1, use_bias=False, dtype=dtype, kernel_init=small, name="position_1")
             m_in_MxD = weight_Mx1 * m_MxD if self.attention else m_MxD
             gate_Mx1 = last(nn.silu(linear(width, "position_0")(m_in_MxD))).astype(x_Nx3.dtype)
-            shift_Nx3 = messages.sum_at_receiver(x_to - x_from, gate_Mx1 * messages.mask)
+            shift_Nx3 = messages.sum_at_receiver(x_to - x_from, gate_Mx1 * messages.mask_Mx1)
             x_Nx3 = x_Nx3 + shift_Nx3 / jnp.maximum(messages.count_Nx1, 1)
             speed_Nx1 = linear(1, "velocity_1")(nn.silu(linear(width, "velocity_0")(h_NxD)))
             x_Nx3 = x_Nx3 + v_Nx3 * speed_Nx1.astype(x_Nx3.dtype)
@@ -127,6 +127,57 @@ class _Layer(nn.Module):
                 nn.silu(wide(jnp.concatenate([h_NxD, m_NxD], axis=-1)))
             )
         return h_NxD, x_Nx3
+
+
+@flax.struct.dataclass
+class _Messages:
+    """M = 2E messages: both directions of each edge, one half after the other.
+
+    A gather and a sum by receiver: time and memory grow with the edges, however many nodes
+    there are. (A matrix [N, N, D] of all pairs, without either, was no faster on a CPU, on
+    complete graphs too.)
+
+    Attributes:
+      mask_Mx1: float, 0 for padding.
+      receiver_M, sender_M: nodes.
+      num_nodes: N.
+    """
+
+    mask_Mx1: Array
+    receiver_M: Array
+    sender_M: Array
+    num_nodes: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def count_Nx1(self) -> Array:
+        """How many each node receives."""
+        return self.sum_at_receiver(jnp.ones_like(self.mask_Mx1), self.mask_Mx1)
+
+    def of_receiver(self, x_NxD: Array) -> Array:
+        """Of each message, the row of its receiver."""
+        return x_NxD[self.receiver_M]
+
+    def of_sender(self, x_NxD: Array) -> Array:
+        """Of each message, the row of its sender."""
+        return x_NxD[self.sender_M]
+
+    def sum_at_receiver(self, x_MxD: Array, weight_Mx1: Array) -> Array:
+        """`sum over messages to i of weight x`, `[N, D]`."""
+        wide = jnp.promote_types(x_MxD.dtype, jnp.float32)  # sums of many small numbers
+        weighted_MxD = x_MxD.astype(wide) * weight_Mx1.astype(wide)
+        sum_NxD = jax.ops.segment_sum(weighted_MxD, self.receiver_M, self.num_nodes)
+        return sum_NxD.astype(jnp.promote_types(x_MxD.dtype, weight_Mx1.dtype))
+
+
+def _messages_of(graph: Graph) -> _Messages:
+    """The messages of one graph without padding values."""
+    both = lambda a, b: jnp.concatenate([a, b])
+    return _Messages(
+        both(graph.edge_mask, graph.edge_mask)[:, None].astype(graph.position.dtype),
+        both(graph.receivers, graph.senders),
+        both(graph.senders, graph.receivers),
+        len(graph.node_mask),
+    )
 
 
 class _Scalars(nn.Module):
