@@ -159,7 +159,7 @@ def _check(config: ml_collections.ConfigDict, mesh) -> None:
     ):
         if key not in config[group]:
             raise UserError(
-                f"The config has no {group}.{key}: set it in your config file, as in configs/qm9.py."
+                f"The config has no {group}.{key}: set it in its file, as in configs/qm9.py."
             )
         if config[group][key] < 1:
             raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")
