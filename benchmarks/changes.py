@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import pathlib
-import platform
 import statistics
 from unittest import mock
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from ours import Run, load_config
 
 from demetar import runtime
+from demetar.machine import processor
 from demetar.models import demetar, egnn, layers
 
 egnn_messages = egnn._messages_of  # what `one_hot_messages` is put in the place of
@@ -147,7 +147,7 @@ def main() -> None:
         print(f"{name}: {row['before']:.1f} -> {row['after']:.1f} ms", flush=True)
     result = {
         "command": "python benchmarks/changes.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "changes": rows,
     }
     text = json.dumps(result, indent=1)

@@ -14,15 +14,15 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import time
 
 import jax
 import numpy as np
 
 from data_pipelines.plan import Bucket
-from demetar import machine, runtime
+from demetar import runtime
 from demetar.graph import Graph
+from demetar.machine import measured_machine, processor
 from demetar.models import create_model
 
 ATOMS = (8, 16, 32, 64, 128, 256, 512)
@@ -151,10 +151,10 @@ def main() -> None:
             "seconds_a_batch": times,
             "exponent": exponent(values, times),
         }
-    peak = machine.measured_machine(runtime.default_cache_dir(), "float32")
+    peak = measured_machine(runtime.default_cache_dir(), "float32")
     result = {
         "command": "python benchmarks/growth.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "peak_gflops": peak.flops / 1e9,
         "by_atoms": by_atoms,
         "sweeps": sweeps,

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,9 @@ import tempfile
 import time
 
 import numpy as np
+
+from demetar import runtime
+from demetar.machine import processor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -72,7 +74,6 @@ class PeerWorker:
         from torch_peers import PEERS
 
         from data_pipelines.dataset import load_dataset
-        from demetar import runtime
 
         # As ours does: without it the page faults of large batches cost peers half their rate.
         runtime.keep_freed_memory()
@@ -230,7 +231,7 @@ def main() -> None:
     names = options.only or [*OURS, *PEERS]
     result = {
         "command": "python benchmarks/peers.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "egnn_pytorch_to_official_relative": check_egnn(),
         "seconds": options.seconds,

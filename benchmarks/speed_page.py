@@ -2,8 +2,8 @@
 
     python benchmarks/speed_page.py
 
-Reads benchmarks/results/{throughput,peers,growth,changes}.json and race/*.json; the words around
-the tables are in benchmarks/speed_page.md. What was not measured stays blank.
+Reads benchmarks/results/{peers,growth,changes}.json, throughput-*.json and race/*.json; the
+words around the tables are in benchmarks/speed_page.md. What was not measured stays blank.
 """
 
 import json
@@ -37,14 +37,22 @@ def table(header, rows) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
 def throughput() -> str:
-    found = read("throughput")
+    files = sorted(RESULTS.glob("throughput-*.json"))
+    return "\n\n".join(throughput_of(json.loads(file.read_text())) for file in files)
+
+
+def throughput_of(found: dict) -> str:
     rows = [
         [
             f"`{name}`", f"{x['parameters']:,}", x["batch"], f"{x['train_per_second']:.0f}",
             f"{x['spread']:.0%}", f"{x['forward_per_second']:.0f}", f"{x['gflops']:.0f}",
             f"**{x['share_of_peak']:.1%}**", f"{x['data_wait']:.2%}",
-            f"{x['fill_of_node_slots']:.1%}", len(x["buckets"]),
+            percent(x.get("fill_of_node_slots")), len(x["buckets"]),
         ]
         for name, x in found["configs"].items()
     ]  # fmt: skip
@@ -53,9 +61,9 @@ def throughput() -> str:
         "GFLOP/s", "of the peak", "data wait", "fill of node slots", "buckets",
     )  # fmt: skip
     return (
-        f"Peak of matrix products here: {found['peak_gflops']:.0f} GFLOP/s (float32, through jax); "
-        f"memory: {found['memory_gb_per_s']:.1f} GB/s. First step of `:quick` "
-        f"{found['first_step_seconds_warm']:.1f} s after the start, caches warm.\n\n"
+        f"On {found['measured_on']}: peak of matrix products {found['peak_gflops']:.0f} GFLOP/s "
+        f"(float32, through jax), memory {found['memory_gb_per_s']:.1f} GB/s. First step of "
+        f"`:quick` {found['first_step_seconds_warm']:.1f} s after the start, caches warm.\n\n"
         + table(header, rows)
     )
 

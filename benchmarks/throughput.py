@@ -1,6 +1,6 @@
 """How fast our own configs train here, and what share of the machine that is.
 
-    python benchmarks/throughput.py --json=benchmarks/results/throughput.json
+    python benchmarks/throughput.py --json=benchmarks/results/throughput-<machine>.json
 
 For each config: graphs a second of whole training steps (batch assembly, transfer, forward,
 backward, optimizer) and of prediction alone; operations of the model, real atoms alone, as a
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ import time
 from ours import REPOSITORY, Run, load_config
 
 from demetar import runtime
-from demetar.machine import measured_machine
+from demetar.machine import measured_machine, processor
 
 # Name -> config, changes.
 CONFIGS = {
@@ -94,7 +93,7 @@ def main() -> None:
         }
     result = {
         "command": "python benchmarks/throughput.py",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "peak_gflops": peak.flops / 1e9,
         "memory_gb_per_s": peak.bytes_per_s / 1e9,
         "measured_on": peak.description,

@@ -49,7 +49,7 @@ def measured_machine(cache_dir: str | pathlib.Path, dtype) -> Machine:
       dtype: of the matrix products.
     """
     description = (
-        f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {_processor()}, "
+        f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {processor()}, "
         f"{_cores()} cores, jaxlib {jax.lib.__version__}"
     )
     name = hashlib.sha256(f"{description} {jnp.dtype(dtype).name}".encode()).hexdigest()[:12]
@@ -71,13 +71,14 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _processor() -> str:
+def processor() -> str:
     """The CPU's name, where Linux says it; several kinds may share one cache folder."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        found = [x.split(":")[1].strip() for x in lines if x.startswith("model")]
-        return f"{found[1]} model {found[0]}"
-    except (OSError, IndexError):
+        pairs = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
+        fields = dict(reversed(pairs))  # of the first core
+        return "{model name}, family {cpu family}, model {model}".format_map(fields)
+    except (OSError, KeyError):
         return platform.machine()
 
 
