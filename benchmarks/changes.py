@@ -16,16 +16,13 @@ import pathlib
 import statistics
 from unittest import mock
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from ours import Run, load_config
 
 from demetar import runtime
 from demetar.machine import processor
-from demetar.models import demetar, egnn, layers
-
-egnn_messages = egnn._messages_of  # what `one_hot_messages` is put in the place of
+from demetar.models import demetar, layers
 
 QUICK, WIDE, EGNN = (f"configs/qm9.py:{name}" for name in ("quick", "wide", "egnn"))
 TWO = {"mesh.cpu_devices": 2}
@@ -45,34 +42,6 @@ def gaussians_by_linspace(distance, num_radial, cutoff):
     return jnp.exp(-0.5 * ((distance[..., None] - centres_K) / spacing) ** 2)
 
 
-@flax.struct.dataclass
-class OneHotMessages:
-    """EGNN's messages as they were: ends of edges as rows of ones and zeros, products with them."""
-
-    mask_Mx1: jax.Array
-    to_MxN: jax.Array
-    from_MxN: jax.Array
-
-    @property
-    def count_Nx1(self):
-        return self.to_MxN.sum(axis=0)[:, None]
-
-    def of_receiver(self, x_NxD):
-        return self.to_MxN.astype(x_NxD.dtype) @ x_NxD
-
-    def of_sender(self, x_NxD):
-        return self.from_MxN.astype(x_NxD.dtype) @ x_NxD
-
-    def sum_at_receiver(self, x_MxD, weight_Mx1):
-        return self.to_MxN.T @ (x_MxD * weight_Mx1)
-
-
-def one_hot_messages(graph):
-    listed = egnn_messages(graph)
-    one_hot = lambda ends_M: listed.mask_Mx1 * jax.nn.one_hot(ends_M, listed.num_nodes)
-    return OneHotMessages(listed.mask_Mx1, one_hot(listed.receiver_M), one_hot(listed.sender_M))
-
-
 # name: config, changes of before, what is put in the place of what, changes of after, expectation
 CHANGES = {
     "attention: gradient written out": (
@@ -89,11 +58,6 @@ CHANGES = {
     ),
     "two virtual devices instead of one": (
         QUICK, {"mesh.cpu_devices": 1}, [], TWO, "small loops on both cores: 30 % less",
-    ),
-    "EGNN: gather and segment sum, not one-hot products": (
-        EGNN, TWO | {"train.accumulation": 12}, [(egnn, "_messages_of", one_hot_messages)],
-        TWO | {"train.accumulation": 12},
-        "a third more operations, in slow products, against two gathers and a sum: 20 % less",
     ),
     "EGNN: 12 micro-batches of 8": (
         EGNN, TWO, [], TWO | {"train.accumulation": 12},

@@ -162,7 +162,7 @@ def plot_race() -> None:
     axis.grid(alpha=0.3)
     axis.set_xlabel("minutes of training, 2 cores")
     axis.set_ylabel("validation MAE of HOMO [meV]")
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(PAGE.with_name("speed_race.png"), dpi=130)
 
 
