@@ -154,8 +154,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
                 f"First step after {time.perf_counter() - start_time:.1f} s, of which "
                 f"{train_step.compile_seconds:.1f} s compiling its bucket."
             )
-            train_step.compile_ahead(job.background)
-            evaluator.compile_ahead(job.background)
+            if jax.process_count() == 1:
+                # Among several, on CPUs, compiling would keep gloo's idle thread from its turn.
+                train_step.compile_ahead(job.background)
+                evaluator.compile_ahead(job.background)
             job.background.submit(lambda: graph_cost.set_result(experiment.graph_cost))
         if pending is not None:
             stop = accumulate(progress, pending, experiment, plan, pace, step - together)
