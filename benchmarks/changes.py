@@ -61,7 +61,7 @@ CHANGES = {
     ),
     "EGNN: 12 micro-batches of 8": (
         EGNN, TWO, [], TWO | {"train.accumulation": 12},
-        "7 layers of messages are 550 MB a step: from the caches instead of memory, half",
+        "7 layers of pairs are 550 MB a step: from the caches instead of memory, half",
     ),
     "EGNN: messages computed again in the backward pass": (
         EGNN, TWO | {"train.accumulation": 12}, [],
