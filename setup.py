@@ -10,10 +10,10 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["demetar*", "data_pipelines*"]),
     package_data={
-        "data_pipelines": ["*.txt", "*.tar.bz2"],
+        "data_pipelines": ["qm9/*.txt", "qm9/*.tar.bz2"],
         "demetar": [
-            "accelerators/*.json",
-            "accelerators/*.textproto",
+            "speed/accelerators/*.json",
+            "speed/accelerators/*.textproto",
             "weights/*/*.json",
             "weights/*/*.safetensors",
         ],
@@ -31,7 +31,7 @@ setup(
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6,<0.3",
-        # Its API still moves from release to release; all of it is in demetar/checkpoint.py.
+        # Its API still moves from release to release; all of it is in demetar/training/checkpoints.py.
         "orbax-checkpoint>=0.12,<0.13",
         "rdkit>=2024.9",  # bond types, when data are prepared
         "safetensors>=0.5",

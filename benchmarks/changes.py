@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from ours import Run, load_config
 
-from demetar import runtime
-from demetar.machine import processor
 from demetar.models import demetar, layers
+from demetar.speed.machine import processor
+from demetar.training import runtime
 
 QUICK, WIDE, EGNN = (f"configs/qm9.py:{name}" for name in ("quick", "wide", "egnn"))
 TWO = {"mesh.cpu_devices": 2}

@@ -27,13 +27,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import pipeline
-from data_pipelines.plan import BatchPlan
-from demetar import runtime, sharding
-from demetar.checkpoint import Checkpoints
-from demetar.experiment import build_experiment
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan
 from demetar.local import LocalJob
 from demetar.train import compiled_train_step, new_progress
+from demetar.training import runtime, sharding
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.experiment import build_experiment
 from demetar.verify_resume import finish
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def saving(folder: pathlib.Path) -> dict:
     )
     step = compiled_train_step(experiment)
     state = experiment.create_state()
-    batch = pipeline.gather(experiment.arrays, plan[0][1], buckets[0])
+    batch = batching.gather(experiment.arrays, plan[0][1], buckets[0])
     batch = sharding.to_devices(batch, mesh, size)
     checkpoints = Checkpoints(folder, keep_last=2)
     meta = experiment.identity | {"progress": new_progress(1)}

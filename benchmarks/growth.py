@@ -19,11 +19,11 @@ import time
 import jax
 import numpy as np
 
-from data_pipelines.plan import Bucket
-from demetar import runtime
-from demetar.graph import Graph
-from demetar.machine import measured_machine, processor
+from data_pipelines.batch_plan import Bucket
+from data_pipelines.graph import Graph
 from demetar.models import create_model
+from demetar.speed.machine import measured_machine, processor
+from demetar.training import runtime
 
 ATOMS = (8, 16, 32, 64, 128, 256, 512)
 ATOMS_OF_BATCH = 1024

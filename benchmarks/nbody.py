@@ -22,8 +22,8 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from demetar.evaluation import interval_95
-from demetar.writers import read_jsonl
+from demetar.records.files import read_jsonl
+from demetar.training.evaluator import interval_95
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nbody"
@@ -205,10 +205,10 @@ def measure_floor(orientations: int = 6) -> None:
     """
     from scipy.spatial.transform import Rotation
 
-    from data_pipelines import nbody
+    from data_pipelines.nbody import simulation
 
-    protocol = nbody.PROTOCOLS["egnn"]
-    systems, _ = nbody.load(protocol)
+    protocol = simulation.PROTOCOLS["egnn"]
+    systems, _ = simulation.load(protocol)
     axes = Rotation.create_group("O").as_matrix().round()
     axes = axes[[not np.array_equal(matrix, np.eye(3)) for matrix in axes]]
     kinds = {
@@ -222,12 +222,12 @@ def measure_floor(orientations: int = 6) -> None:
     }
     for kind, rotations in kinds.items():
         content[kind] = {}
-        for part, graphs in nbody.split_of(protocol).items():
+        for part, graphs in simulation.split_of(protocol).items():
             targets = [systems.target[graphs]]
             for rotation in rotations:
                 x, v = (a[graphs] @ rotation.T for a in (systems.position, systems.velocity))
                 steps = (1, protocol.horizon_steps - 1)  # the state after one step is not used
-                _, _, y = nbody.simulate(x, v, systems.coupling[graphs], *steps)
+                _, _, y = simulation.simulate(x, v, systems.coupling[graphs], *steps)
                 targets.append(y @ rotation)
             variance = np.stack(targets).var(axis=0, ddof=1).mean(axis=(1, 2))
             content[kind][part] = {
@@ -427,7 +427,7 @@ def _plots() -> None:
 
 
 def write_page() -> None:
-    """docs/results/nbody.md and nbody.png, from the JSON files alone."""
+    """docs/results/nbody.md and simulation.png, from the JSON files alone."""
     floor = _read("floor")
     floors = [
         _line("part", "any rotation: MSE", "95 % interval", "systems above 0.01",

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import pipeline
-from data_pipelines.plan import BatchPlan
-from demetar import runtime, sharding
-from demetar.evaluation import compiled_eval_step
-from demetar.experiment import build_experiment
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan
 from demetar.train import compiled_train_step
+from demetar.training import runtime, sharding
+from demetar.training.evaluator import compiled_eval_step
+from demetar.training.experiment import build_experiment
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -58,7 +58,7 @@ class Run:
         buckets, sizes = experiment.dataset.buckets, experiment.arrays.sizes
         self.plan = BatchPlan(sizes, graphs, buckets, data.batch_size, config.seed)
         self._rows = np.arange(data.batch_size)
-        self._batches = pipeline.batches(
+        self._batches = batching.batches(
             experiment.arrays,
             self.plan,
             self._rows,
@@ -139,8 +139,8 @@ class Run:
         limits = self.plan.buckets[bucket]
 
         def place(part):
-            gathered = [(bucket, pipeline.gather(self.experiment.arrays, g, limits)) for g in part]
-            return sharding.to_devices(pipeline.stacked(gathered)[1], mesh, size, together > 1)
+            gathered = [(bucket, batching.gather(self.experiment.arrays, g, limits)) for g in part]
+            return sharding.to_devices(batching.stacked(gathered)[1], mesh, size, together > 1)
 
         batches = [place(graphs[k::4]) for k in range(4)]
         float(np.sum(self._train_on(bucket, batches[0]).loss))  # compiles

@@ -14,9 +14,9 @@ import time
 import numpy as np
 from absl import app, flags
 
-from data_pipelines import pipeline
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.dataset import load_dataset
-from data_pipelines.plan import BatchPlan
 
 _JSON = flags.DEFINE_string("json", "", "Where to write the result; empty: only print it.")
 _STEPS = flags.DEFINE_integer("steps", 3000, "Batches to draw of each kind.")
@@ -37,7 +37,7 @@ def measure(edges: str) -> dict:
     )
     train = dataset.split["train"]
     plan = BatchPlan(dataset.arrays.sizes, train, dataset.buckets, BATCH_SIZE, seed=0)
-    batches = pipeline.batches(
+    batches = batching.batches(
         dataset.arrays, plan, slice(0, BATCH_SIZE), range(_STEPS.value), num_threads=1
     )
     graphs = size = 0

@@ -29,8 +29,8 @@ import time
 
 import numpy as np
 
-from demetar import runtime
-from demetar.machine import processor
+from demetar.speed.machine import processor
+from demetar.training import runtime
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results" / "race"

@@ -21,8 +21,8 @@ import time
 
 from ours import REPOSITORY, Run, load_config
 
-from demetar import runtime
-from demetar.machine import measured_machine, processor
+from demetar.speed.machine import measured_machine, processor
+from demetar.training import runtime
 
 # Name -> config, changes.
 CONFIGS = {

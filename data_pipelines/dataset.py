@@ -4,13 +4,14 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines import nbody, qm9
+from data_pipelines.batch_plan import MAX_BUCKETS, Bucket, buckets_with_limits, choose_buckets
+from data_pipelines.batching import GraphArrays
 from data_pipelines.edges import build_edges
-from data_pipelines.pipeline import GraphArrays
-from data_pipelines.plan import MAX_BUCKETS, Bucket, buckets_with_limits, choose_buckets
+from data_pipelines.errors import UserError, suggest
+from data_pipelines.nbody import simulation
+from data_pipelines.qm9 import preparation
 from data_pipelines.splits import get_split
 from data_pipelines.targets import POSITION, Target, get_targets, reported_values
-from demetar.errors import UserError, suggest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _load_qm9(
     *, source, path, cache_dir, targets, split, edges, edge_cutoff, buckets, **_
 ) -> Dataset:
     rows = get_targets(targets)
-    molecules, passport = qm9.load(source, path, cache_dir)
+    molecules, passport = preparation.load(source, path, cache_dir)
     parts = get_split(split, molecules.index)
     edge_offset, edge_rows = build_edges(molecules, edges, edge_cutoff)
     arrays = GraphArrays(
@@ -86,8 +87,8 @@ def _load_qm9(
 
 
 def _load_nbody(*, protocol, general, cache_dir, buckets, **_) -> Dataset:
-    task = nbody.get_protocol(protocol, general)
-    systems, passport = nbody.load(task, cache_dir)
+    task = simulation.get_protocol(protocol, general)
+    systems, passport = simulation.load(task, cache_dir)
     num_systems, n, _ = systems.position.shape
     # Charged particles all act on each other; springs are the edges themselves.
     keep_GxP = systems.coupling != 0
@@ -114,7 +115,7 @@ def _load_nbody(*, protocol, general, cache_dir, buckets, **_) -> Dataset:
         "systems",
         arrays,
         (POSITION,),
-        nbody.split_of(task),
+        simulation.split_of(task),
         protocol,
         _buckets(arrays, buckets),
         passport,

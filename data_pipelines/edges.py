@@ -3,7 +3,7 @@
 import numpy as np
 
 from data_pipelines.bonds import BondType
-from demetar.errors import UserError, suggest
+from data_pipelines.errors import UserError, suggest
 
 EDGE_KINDS = ("bonds", "cutoff", "complete")
 

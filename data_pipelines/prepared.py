@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from demetar.errors import UserError
+from data_pipelines.errors import UserError
 
 
 def default_cache_dir() -> pathlib.Path:

@@ -9,8 +9,8 @@ import hashlib
 
 import numpy as np
 
-from data_pipelines.qm9_sources import NUM_CHARACTERIZED, characterized_indices
-from demetar.errors import UserError, suggest
+from data_pipelines.errors import UserError, suggest
+from data_pipelines.qm9.sources import NUM_CHARACTERIZED, characterized_indices
 
 # name: (permutation of n positions, molecules for training, for validation); test: the rest.
 _SPLITS = {

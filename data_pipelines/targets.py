@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from demetar.errors import UserError, suggest
+from data_pipelines.errors import UserError, suggest
 
 HARTREE_IN_MEV = 27211.386245988  # CODATA 2018
 

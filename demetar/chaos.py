@@ -17,17 +17,11 @@ import sys
 import tempfile
 import time
 
-from demetar.errors import EXIT_DONE, EXIT_FAILED, UserError
+from data_pipelines.errors import UserError
+from demetar.exits import EXIT_DONE, EXIT_FAILED
 from demetar.local import LocalJob
-from demetar.verify_resume import (
-    compare,
-    configure_like,
-    finish,
-    latest_step,
-    logged_step,
-    run_to,
-)
-from demetar.writers import say
+from demetar.records.log import say
+from demetar.verify_resume import compare, configure_like, finish, latest_step, logged_step, run_to
 
 _EVERY = 5  # steps between checkpoints
 _STARTUP_SECONDS = 12.0  # in which early kills fall

@@ -12,13 +12,15 @@ import pathlib
 
 from absl import app, flags, logging
 
+from data_pipelines.errors import UserError
 from data_pipelines.splits import PARTS
-from demetar import config as config_lib
-from demetar import pretrained, runtime
-from demetar.checkpoint import Checkpoints
-from demetar.errors import UserError, exits_cleanly
-from demetar.evaluation import Evaluator, result_of
-from demetar.experiment import build_experiment
+from demetar import pretrained
+from demetar.config import stored
+from demetar.exits import exits_cleanly
+from demetar.training import runtime
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.evaluator import Evaluator, result_of
+from demetar.training.experiment import build_experiment
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _PRETRAINED = flags.DEFINE_string("pretrained", None, "Name of a model that ships.")
@@ -32,10 +34,10 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
     saved = json.loads(file.read_text())
-    config = config_lib.from_json(saved["config"])
+    config = stored.from_json(saved["config"])
     runtime.configure(config)
     experiment = build_experiment(config)
-    config_lib.check_same_run(saved, experiment.identity, workdir)
+    stored.check_same_run(saved, experiment.identity, workdir)
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last)
     step = checkpoints.best_step()
     if step is None:

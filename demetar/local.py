@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 
-from demetar.errors import (
+from demetar.exits import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_LOST,

@@ -3,7 +3,7 @@
     python -m demetar.main --config=configs/qm9.py[:variant] [--workdir=DIR] [--config.key=value]
 
 The config file is Python and is executed. The same command goes on with a run that was
-stopped. Exit codes: see `demetar.errors`. On a cluster the same command runs once for each
+stopped. Exit codes: see `demetar.exits`. On a cluster the same command runs once for each
 process; SLURM, Open MPI, Kubernetes and TPUs are recognised, and three flags (or
 `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) say it where nothing else does.
 """
@@ -14,9 +14,11 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from demetar import cluster, place, runtime
-from demetar.errors import EXIT_USER_ERROR, exits_cleanly
+from demetar.exits import EXIT_USER_ERROR, exits_cleanly
+from demetar.job import place
+from demetar.job.job import join_job
 from demetar.train import train_and_evaluate
+from demetar.training import runtime
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config>.")
@@ -53,7 +55,7 @@ def _main(argv) -> None:
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir()
     here = place.find_place(_COORDINATOR.value, _COUNT.value, _PROCESS.value)
-    with cluster.job(here, workdir, config.cluster) as job:
+    with join_job(here, workdir, config.cluster) as job:
         runtime.configure(config)
         train_and_evaluate(config, workdir, job)
 

@@ -35,13 +35,21 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipelines.plan import BatchPlan
-from demetar import flops, runtime
-from demetar.errors import UserError, exits_cleanly
-from demetar.experiment import Experiment, build_experiment
-from demetar.topology import COLLECTIVES, Accelerator, Collective, collectives, planned_devices
+from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.errors import UserError
+from demetar.exits import exits_cleanly
+from demetar.records.log import say
+from demetar.speed import flops
+from demetar.speed.topology import (
+    COLLECTIVES,
+    Accelerator,
+    Collective,
+    collectives,
+    planned_devices,
+)
 from demetar.train import abstract_arguments, jitted_train_step
-from demetar.writers import say
+from demetar.training import runtime
+from demetar.training.experiment import Experiment, build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "As h100:4x8 or v5e:16x16.")

@@ -20,12 +20,13 @@ from absl import app, flags, logging
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from data_pipelines import nbody
-from demetar import config as config_lib
-from demetar import runtime
-from demetar.errors import UserError, exits_cleanly, suggest
-from demetar.graph import Graph
+from data_pipelines.errors import UserError, suggest
+from data_pipelines.graph import Graph
+from data_pipelines.nbody import simulation
+from demetar.config import stored
+from demetar.exits import exits_cleanly
 from demetar.models import create_model
+from demetar.training import runtime
 
 _FOLDER = pathlib.Path(__file__).parent / "weights"
 
@@ -66,7 +67,7 @@ def read(name: str) -> Pretrained:
             f"{card['weights_sha256'][:12]}…. Install the package again."
         )
     params = traverse_util.unflatten_dict(load_file(file), sep="/")
-    return Pretrained(config_lib.from_json(card["config"]), params, card)
+    return Pretrained(stored.from_json(card["config"]), params, card)
 
 
 def write(name: str, params, config: dict, card: dict, folder: pathlib.Path = _FOLDER) -> None:
@@ -89,7 +90,7 @@ def load_pretrained(name: str) -> Callable[..., np.ndarray]:
       only seen the N of its training.
     """
     model = read(name)
-    horizon = nbody.Protocol(**model.card["passport"]["protocol"]).horizon
+    horizon = simulation.Protocol(**model.card["passport"]["protocol"]).horizon
     options = model.config.model.to_dict()
     network = create_model(target_readouts=("position",), horizon=horizon, **options)
 
@@ -131,8 +132,8 @@ def load_pretrained(name: str) -> Callable[..., np.ndarray]:
 def _export(workdir: pathlib.Path, name: str) -> None:
     """Ships the best weights of the finished run in `workdir` as `name`."""
     # Late: who only loads weights needs neither Orbax nor data.
-    from demetar.checkpoint import Checkpoints
-    from demetar.experiment import build_experiment
+    from demetar.training.checkpoints import Checkpoints
+    from demetar.training.experiment import build_experiment
 
     if not (workdir / "result.json").exists():
         raise UserError(f"{workdir} holds no finished run: it has no result.json.")
@@ -140,7 +141,7 @@ def _export(workdir: pathlib.Path, name: str) -> None:
     protocol = result["data_passport"].get("protocol", {})
     if protocol.get("interaction") != "charged":
         raise UserError(f"{workdir} is no run on charged particles: nothing can load its weights.")
-    config = config_lib.from_json(result["config"])
+    config = stored.from_json(result["config"])
     runtime.configure(config)
     experiment = build_experiment(config)
     checkpoints = Checkpoints(workdir, experiment.config.checkpoint.keep_last)

@@ -23,16 +23,20 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_pipelines import pipeline
-from data_pipelines.plan import BatchPlan
-from demetar import place, runtime, sharding, train, writers
-from demetar.checkpoint import Checkpoints
-from demetar.errors import UserError, exits_cleanly
-from demetar.evaluation import Evaluator
-from demetar.experiment import Experiment, build_experiment
-from demetar.machine import measured_machine
-from demetar.trace import PHASES, op_names, phase_of, read_trace, self_times
-from demetar.writers import say
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan
+from data_pipelines.errors import UserError
+from demetar import train
+from demetar.exits import exits_cleanly
+from demetar.job import place
+from demetar.records import metrics
+from demetar.records.log import say
+from demetar.speed.machine import measured_machine
+from demetar.speed.trace import PHASES, op_names, phase_of, read_trace, self_times
+from demetar.training import runtime, sharding
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.evaluator import Evaluator
+from demetar.training.experiment import Experiment, build_experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The config.", lock_config=True)
 _STEPS = flags.DEFINE_integer("steps", 20, "Steps under the profiler.", lower_bound=1)
@@ -66,7 +70,7 @@ class Profile:
     def _assemble(self, step: int):
         _, graphs = self._plan[step]
         bucket = self._plan.buckets[self._bucket]
-        return pipeline.gather(self._experiment.arrays, graphs[self._rows], bucket)
+        return batching.gather(self._experiment.arrays, graphs[self._rows], bucket)
 
     def _run(self, steps) -> dict[str, float]:
         """Seconds of the host in each part, over all of the steps."""
@@ -93,7 +97,7 @@ class Profile:
     def _log_seconds(self) -> float:
         """One progress line with its metrics; the second, as the first compiles the schedule."""
         experiment = self._experiment
-        write = writers.Writers(self._folder, 0, 0, is_main=True)
+        write = metrics.Writers(self._folder, 0, 0, is_main=True)
         progress = train.new_progress(len(experiment.dataset.targets))
         pace = train.new_pace(experiment, self._plan, 0, concurrent.futures.Future())
         with contextlib.redirect_stderr(io.StringIO()):

@@ -14,22 +14,24 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from data_pipelines import pipeline
-from data_pipelines.plan import BatchPlan
-from demetar import config as config_lib
-from demetar import report, runtime, sharding, writers
-from demetar.checkpoint import Checkpoints
-from demetar.cluster import Job, code_sha256
-from demetar.errors import NonFiniteLoss, Preempted
-from demetar.evaluation import Evaluator, error_text, save_result
-from demetar.experiment import Experiment, build_experiment
-from demetar.machine import measured_machine
-from demetar.optim import plateau_step
-from demetar.state import TrainState
-from demetar.step import CompiledPerBucket, StepSums, make_train_step, several_steps
-from demetar.task import error_scale
-from demetar.watch import Watch
-from demetar.writers import say
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan
+from demetar.config import stored
+from demetar.exits import NonFiniteLoss, Preempted
+from demetar.job.job import Job, code_sha256
+from demetar.job.watch import Watch
+from demetar.records import files, graph_log, log, metrics
+from demetar.records.log import say
+from demetar.speed.machine import measured_machine
+from demetar.speed.pace import Pace
+from demetar.training import runtime, sharding
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.evaluator import Evaluator, error_text, save_result
+from demetar.training.experiment import Experiment, build_experiment
+from demetar.training.objective import error_scale
+from demetar.training.optim import plateau_step
+from demetar.training.state import TrainState
+from demetar.training.step import CompiledPerBucket, StepSums, make_train_step, several_steps
 
 
 def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
@@ -50,7 +52,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         prepare_workdir(workdir, experiment.identity)
     if job.decide("finished", (workdir / "result.json").exists()):
         say(f"The run in {workdir} is finished: see result.json. Nothing to do.")
-        return report.read_json(workdir / "result.json")
+        return files.read_json(workdir / "result.json")
     plan = BatchPlan(
         experiment.arrays.sizes,
         experiment.dataset.split["train"],
@@ -77,19 +79,19 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     else:
         meta = checkpoints.meta(first_step)
         progress = meta.pop("progress")
-        config_lib.check_same_run(meta, experiment.identity, workdir)
+        stored.check_same_run(meta, experiment.identity, workdir)
         state = checkpoints.restore(first_step, experiment.abstract_state())
     print_card(experiment, workdir, plan, state, first_step, job)
 
     ### The loop.
     num_steps = config.train.num_steps
     loop_start = time.perf_counter() - progress["train_seconds"]  # as if never stopped
-    write = writers.Writers(workdir, first_step, progress["last_eval_step"], job.is_main)
-    identity_log = writers.IdentityLog(workdir, job.process) if config.log.identity else None
+    write = metrics.Writers(workdir, first_step, progress["last_eval_step"], job.is_main)
+    identity_log = graph_log.IdentityLog(workdir, job.process) if config.log.identity else None
     graph_cost = concurrent.futures.Future()
     pace = new_pace(experiment, plan, first_step, graph_cost)
     rows = sharding.process_rows(experiment.mesh, config.data.batch_size)
-    train_iter = pipeline.batches(
+    train_iter = batching.batches(
         experiment.arrays,
         plan,
         rows,
@@ -137,7 +139,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
 
         job.watch.phase("batch", step)
         waits_since = time.perf_counter()
-        bucket, graphs = pipeline.stacked([next(train_iter) for _ in range(together)])
+        bucket, graphs = batching.stacked([next(train_iter) for _ in range(together)])
         if pending is None or pending.loss.is_ready():  # the devices had nothing to do meanwhile
             pace.waited(time.perf_counter() - waits_since)
         batch = sharding.to_devices(graphs, experiment.mesh, config.data.batch_size, together > 1)
@@ -199,9 +201,9 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
     file = workdir / "config.json"
     started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
     if file.exists() and started:
-        config_lib.check_same_run(report.read_json(file), identity, workdir)
+        stored.check_same_run(files.read_json(file), identity, workdir)
     else:
-        writers.write_json(file, identity)
+        files.write_json(file, identity)
 
 
 def compiled_train_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
@@ -274,7 +276,7 @@ def new_progress(num_targets: int) -> dict:
 
 def new_pace(
     experiment: Experiment, plan: BatchPlan, step: int, cost: concurrent.futures.Future
-) -> writers.Pace:
+) -> Pace:
     """Counts what the steps from `step` on do, by the plan; operations once `cost` is known."""
     sizes = experiment.arrays.sizes
 
@@ -287,7 +289,7 @@ def new_pace(
         flops = cost.result().flops(nodes, edges).sum() if cost.done() else None
         return len(graphs), flops, nodes.sum(), slots
 
-    return writers.Pace(step, experiment.config.train.num_steps, work)
+    return Pace(step, experiment.config.train.num_steps, work)
 
 
 def accumulate(
@@ -295,7 +297,7 @@ def accumulate(
     pending: StepSums,
     experiment: Experiment,
     plan: BatchPlan,
-    pace: writers.Pace,
+    pace: Pace,
     step: int,
 ) -> bool:
     """Adds the sums of a call, whose last step is `step`, to the window since the last log line.
@@ -368,7 +370,7 @@ def log_train(
     say(
         f"step {step}/{num_steps}  train {error_text(dataset, error_T)}{validation}  "
         f"lr {values['learning_rate']:.2e}  {lap.rate:.0f} {dataset.items}/s, {share}"
-        f"fill {lap.fill:.1%}, data wait {lap.wait:.1%}  ETA {writers.duration(lap.left)}"
+        f"fill {lap.fill:.1%}, data wait {lap.wait:.1%}  ETA {log.duration(lap.left)}"
     )
 
 

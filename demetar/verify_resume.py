@@ -23,14 +23,16 @@ import jax
 import numpy as np
 from absl import flags
 
-from demetar import config as config_lib
-from demetar import report, runtime, writers
-from demetar.checkpoint import Checkpoints
-from demetar.errors import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, UserError
-from demetar.experiment import build_experiment
+from data_pipelines.errors import UserError
+from demetar.config import stored
+from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED
 from demetar.local import LocalJob
-from demetar.state import state_sha256
-from demetar.writers import say
+from demetar.records import files, graph_log
+from demetar.records.log import say
+from demetar.training import runtime
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.experiment import build_experiment
+from demetar.training.state import state_sha256
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 
@@ -77,14 +79,14 @@ class Comparison:
 
 def compare(first: pathlib.Path, second: pathlib.Path, step: int) -> Comparison:
     """Compares the runs in two folders, both saved after `step`, with an identity log."""
-    graphs = [writers.read_identity(folder) for folder in (first, second)]
+    graphs = [graph_log.read_identity(folder) for folder in (first, second)]
     steps = range(1, step + 1)
     odd = [k for k in steps if graphs[0].get(k) != graphs[1].get(k)]
     difference = odd and f"step {odd[0]}: {graphs[0].get(odd[0])} and {graphs[1].get(odd[0])}"
     losses = [_losses(folder, step) for folder in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
     a, b = (np.array([loss[k] for k in common]) for loss in losses)
-    config = config_lib.from_json(report.read_json(first / "config.json")["config"])
+    config = stored.from_json(files.read_json(first / "config.json")["config"])
     with config.unlocked():  # all of it on one device of this process
         config.mesh.update({"data": 1, "fsdp": 1, "model": 1})
     experiment = build_experiment(config)
@@ -113,7 +115,7 @@ def _norm(params) -> float:
 
 
 def _losses(folder: pathlib.Path, last: int) -> dict[int, float]:
-    lines = writers.read_jsonl(folder / "metrics.jsonl")
+    lines = files.read_jsonl(folder / "metrics.jsonl")
     return {x["step"]: x["loss"] for x in lines if x["split"] == "train" and x["step"] <= last}
 
 
@@ -125,7 +127,7 @@ def latest_step(workdir: pathlib.Path) -> int:
 
 def logged_step(workdir: pathlib.Path) -> int:
     """The last training step in `metrics.jsonl`; 0 before the first."""
-    lines = writers.read_jsonl(workdir / "metrics.jsonl")
+    lines = files.read_jsonl(workdir / "metrics.jsonl")
     return max((x["step"] for x in lines if x["split"] == "train"), default=0)
 
 
@@ -147,7 +149,7 @@ def finish(job: LocalJob) -> None:
 def configure_like(workdir: pathlib.Path) -> None:
     """Precision and such of this process, as the run in `workdir` had them."""
     flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
-    config = config_lib.from_json(report.read_json(workdir / "config.json")["config"])
+    config = stored.from_json(files.read_json(workdir / "config.json")["config"])
     with config.unlocked():
         config.mesh.cpu_devices = 1
     runtime.configure(config)

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from data_pipelines import qm9
+from data_pipelines.batch_plan import Bucket
 from data_pipelines.dataset import load_dataset
-from data_pipelines.plan import Bucket
-from demetar.graph import Graph
+from data_pipelines.graph import Graph
+from data_pipelines.qm9 import preparation
 
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def cache_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sample(cache_dir):
     """(MoleculeArrays, passport) of the sample."""
-    return qm9.load("sample", cache_dir=cache_dir)
+    return preparation.load("sample", cache_dir=cache_dir)
 
 
 @pytest.fixture(scope="session")

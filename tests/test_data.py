@@ -10,10 +10,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_pipelines import qm9, qm9_sources
 from data_pipelines.bonds import Agreement, BondType, find_bonds
 from data_pipelines.edges import build_edges
-from data_pipelines.qm9_sources import (
+from data_pipelines.errors import UserError
+from data_pipelines.qm9 import preparation, sources
+from data_pipelines.qm9.sources import (
     characterized_indices,
     excluded_indices,
     parse_raw_xyz,
@@ -23,7 +24,6 @@ from data_pipelines.qm9_sources import (
 )
 from data_pipelines.splits import get_split, split_hash
 from data_pipelines.targets import HARTREE_IN_MEV, TARGET_NAMES, get_targets, reported_values
-from demetar.errors import UserError
 
 # Molecule 1 exactly as published in dsgdb9nsd_000001.xyz.
 METHANE = """\
@@ -76,9 +76,9 @@ def test_broken_raw_file_is_named(broken):
 
 
 def test_folder_equals_archive(tmp_path):
-    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+    with tarfile.open(preparation.SAMPLE_FILE) as archive:
         archive.extractall(tmp_path, filter="data")
-    for a, b in zip(read_raw(str(tmp_path)), read_raw(str(qm9.SAMPLE_FILE)), strict=True):
+    for a, b in zip(read_raw(str(tmp_path)), read_raw(str(preparation.SAMPLE_FILE)), strict=True):
         same(a, b, rtol=0)
 
 
@@ -99,17 +99,17 @@ def test_exclusions_count_from_one():
 
 def test_truncated_archive_is_refused(tmp_path):
     broken = tmp_path / "dsgdb9nsd.xyz.tar.bz2"
-    broken.write_bytes(qm9.SAMPLE_FILE.read_bytes()[:100_000])
+    broken.write_bytes(preparation.SAMPLE_FILE.read_bytes()[:100_000])
     with pytest.raises(UserError, match="truncated"):
         list(read_raw(str(broken)))
 
 
 def test_qm9pack_format_equals_raw(tmp_path):
     """Ten molecules, in the columns of qm9pack and as published, give the same float64."""
-    molecules = list(read_raw(str(qm9.SAMPLE_FILE)))[:10]
-    symbols = {z: name for name, z in qm9_sources.ELEMENTS.items()}
+    molecules = list(read_raw(str(preparation.SAMPLE_FILE)))[:10]
+    symbols = {z: name for name, z in sources.ELEMENTS.items()}
     with (tmp_path / "qm9_part1.csv").open("w", newline="") as stream:
-        names = ["Index", "SMILES", "Elements", "XYZ_Ang", *qm9_sources._QM9PACK_COLUMNS]
+        names = ["Index", "SMILES", "Elements", "XYZ_Ang", *sources._QM9PACK_COLUMNS]
         rows = csv.DictWriter(stream, names)
         rows.writeheader()
         for m in molecules:
@@ -120,7 +120,7 @@ def test_qm9pack_format_equals_raw(tmp_path):
                     "Elements": str([symbols[int(z)] for z in m.atomic_numbers]),
                     "XYZ_Ang": str(m.positions.tolist()),
                 }
-                | dict(zip(qm9_sources._QM9PACK_COLUMNS, m.properties, strict=True))
+                | dict(zip(sources._QM9PACK_COLUMNS, m.properties, strict=True))
             )
     for a, b in zip(read_qm9pack(str(tmp_path)), molecules, strict=True):
         same(a, b, rtol=0)
@@ -132,7 +132,7 @@ def test_qm9pack_format_equals_raw(tmp_path):
 
 
 def test_real_qm9pack_equals_raw_files():
-    published = {m.index: m for m in read_raw(str(qm9.SAMPLE_FILE))}
+    published = {m.index: m for m in read_raw(str(preparation.SAMPLE_FILE))}
     compared = 0
     for molecule in read_qm9pack():
         if molecule.index in published:
@@ -155,7 +155,7 @@ def test_tfds_source_equals_raw(tmp_path, monkeypatch):
     from data_pipelines.targets import ATOM_REFERENCES, ELEMENTS
 
     files = tmp_path / "xyz"
-    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+    with tarfile.open(preparation.SAMPLE_FILE) as archive:
         archive.extractall(files, filter="data")
     ids = sorted(int(f.stem[-6:]) for f in files.glob("*.xyz"))[:12]
     references = pandas.DataFrame(
@@ -192,7 +192,7 @@ def test_tfds_folder_missing_or_in_tfrecord_is_explained(tmp_path):
 
 def test_bond_types_of_known_molecules(sample):
     molecules, _ = sample
-    by_index = {m.index: m for m in read_raw(str(qm9.SAMPLE_FILE))}
+    by_index = {m.index: m for m in read_raw(str(preparation.SAMPLE_FILE))}
     kinds = {}
     for index in (1, 4, 6, 8):  # methane, acetylene, formaldehyde, methanol
         m = by_index[index]
@@ -351,7 +351,7 @@ def test_passport_describes_the_sample(sample):
     assert passport["atoms"] == molecules.node_offset[-1]
     assert passport["units"]["homo"] == "hartree"
     assert sum(passport["smiles_and_geometry"].values()) == 500
-    for g, molecule in enumerate(read_raw(str(qm9.SAMPLE_FILE))):
+    for g, molecule in enumerate(read_raw(str(preparation.SAMPLE_FILE))):
         atoms = slice(molecules.node_offset[g], molecules.node_offset[g + 1])
         np.testing.assert_array_equal(molecules.atomic_number[atoms], molecule.atomic_numbers)
         np.testing.assert_array_equal(
@@ -361,12 +361,12 @@ def test_passport_describes_the_sample(sample):
 
 
 def _prepare_small(cache, folder, results):
-    molecules, passport = qm9.load("raw", folder, cache)
+    molecules, passport = preparation.load("raw", folder, cache)
     results.put((len(molecules.index), passport["content_sha256"]))
 
 
 def test_two_jobs_prepare_at_once(tmp_path):
-    with tarfile.open(qm9.SAMPLE_FILE) as archive:
+    with tarfile.open(preparation.SAMPLE_FILE) as archive:
         members = [m for m in archive if m.isfile()][:40]
         archive.extractall(tmp_path / "xyz", members, filter="data")
     context = multiprocessing.get_context("spawn")
@@ -385,7 +385,7 @@ def test_two_jobs_prepare_at_once(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "passport"])
 def test_damaged_preparation_is_refused(tmp_path, cache_dir, damage):
-    qm9.load("sample", cache_dir=cache_dir)
+    preparation.load("sample", cache_dir=cache_dir)
     shutil.copytree(pathlib.Path(cache_dir) / "qm9", tmp_path / "qm9")
     (folder,) = (p for p in (tmp_path / "qm9").iterdir() if p.is_dir())
     file = folder / "arrays" / "position.npy"
@@ -400,28 +400,28 @@ def test_damaged_preparation_is_refused(tmp_path, cache_dir, damage):
     else:
         (folder / "passport.json").write_text("{")
     with pytest.raises(UserError, match="Delete .* to prepare it again"):
-        qm9.load("sample", cache_dir=str(tmp_path))
+        preparation.load("sample", cache_dir=str(tmp_path))
 
 
 def test_nan_coordinate_is_refused_with_its_molecule(tmp_path):
     (tmp_path / "xyz").mkdir()
     (tmp_path / "xyz" / "a.xyz").write_text(METHANE.replace("1.0858041578", "nan"))
     with pytest.raises(UserError, match="Molecule 1 has a coordinate"):
-        qm9.load("raw", str(tmp_path / "xyz"), str(tmp_path / "cache"))
+        preparation.load("raw", str(tmp_path / "xyz"), str(tmp_path / "cache"))
     assert not [p for p in (tmp_path / "cache" / "qm9").iterdir() if p.is_dir()]
 
 
 def test_unknown_source():
     with pytest.raises(UserError, match="Did you mean 'qm9pack'"):
-        qm9.load("qm9pak")
+        preparation.load("qm9pak")
 
 
 def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="config.data.cache_dir"):
-        qm9.load("sample", cache_dir=str(tmp_path / "file"))
+        preparation.load("sample", cache_dir=str(tmp_path / "file"))
 
 
 def test_sample_is_bz2_of_published_text():
-    text = bz2.decompress(qm9.SAMPLE_FILE.read_bytes())
+    text = bz2.decompress(preparation.SAMPLE_FILE.read_bytes())
     assert METHANE.encode() in text

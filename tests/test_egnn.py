@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from demetar.graph import Graph
+from data_pipelines.graph import Graph
 from demetar.models import create_model
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import random_graph
 
-from data_pipelines.plan import Bucket
-from demetar.errors import UserError
+from data_pipelines.batch_plan import Bucket
+from data_pipelines.errors import UserError
 from demetar.models import MODELS, apply_one, create_model
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module

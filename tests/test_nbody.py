@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, load_config
 
-from data_pipelines import nbody, pipeline
+from data_pipelines import batching
 from data_pipelines.dataset import load_dataset
-from demetar import sharding
-from demetar.errors import UserError
-from demetar.experiment import build_experiment
-from demetar.task import ERRORS, graph_errors, trivial_errors
+from data_pipelines.errors import UserError
+from data_pipelines.nbody import simulation
 from demetar.train import compiled_train_step
+from demetar.training import sharding
+from demetar.training.experiment import build_experiment
+from demetar.training.objective import ERRORS, graph_errors, trivial_errors
 
 GENERAL = dict(
     num_particles=4,
@@ -42,13 +43,13 @@ def load(cache_dir, **changes):
 def test_first_systems_equal_the_official_files():
     """Charges, positions, velocities and targets of the first six training systems."""
     golden = np.load(REPOSITORY / "tests" / "golden" / "egnn_nbody.npz")
-    protocol = nbody.PROTOCOLS["egnn"]
+    protocol = simulation.PROTOCOLS["egnn"]
     rng = np.random.RandomState(protocol.seed)
     charge, position, velocity, coupling = (
         np.stack(column)
-        for column in zip(*(nbody._draw(rng, protocol) for _ in range(6)), strict=True)
+        for column in zip(*(simulation._draw(rng, protocol) for _ in range(6)), strict=True)
     )
-    x, v, y = nbody.simulate(
+    x, v, y = simulation.simulate(
         position, velocity, coupling, protocol.input_step, protocol.horizon_steps
     )
     np.testing.assert_array_equal(charge.ravel(), golden["charge"])
@@ -81,14 +82,14 @@ def official_step_by_step(x, v, charge, steps):
 
 def test_simulation_is_the_official_one_bit_for_bit():
     """Close encounters amplify the last bit, so nothing less than equality will do."""
-    protocol = nbody.PROTOCOLS["egnn"]
+    protocol = simulation.PROTOCOLS["egnn"]
     rng = np.random.RandomState(7)
-    systems = [nbody._draw(rng, protocol) for _ in range(5)]
+    systems = [simulation._draw(rng, protocol) for _ in range(5)]
     charge, position, velocity, coupling = (
         np.stack(column) for column in zip(*systems, strict=True)
     )
     position *= 0.3  # closer, so that they meet often
-    x, v, y = nbody.simulate(position, velocity, coupling, 400, 300)
+    x, v, y = simulation.simulate(position, velocity, coupling, 400, 300)
     for g in range(5):
         start = position[g].T, velocity[g].T, charge[g]
         at_input, at_target = (official_step_by_step(*start, steps) for steps in (400, 700))
@@ -98,14 +99,14 @@ def test_simulation_is_the_official_one_bit_for_bit():
 
 
 def test_protocols_and_splits():
-    egnn, blog, fuchs = (nbody.PROTOCOLS[name] for name in ("egnn", "blog", "fuchs"))
+    egnn, blog, fuchs = (simulation.PROTOCOLS[name] for name in ("egnn", "blog", "fuchs"))
     assert [p.horizon for p in (egnn, blog, fuchs)] == pytest.approx([1.0, 0.2, 0.5])
-    assert {part: len(s) for part, s in nbody.split_of(egnn).items()} == {
+    assert {part: len(s) for part, s in simulation.split_of(egnn).items()} == {
         "train": 3_000,
         "validation": 2_000,
         "test": 2_000,
     }
-    together = np.concatenate(list(nbody.split_of(fuchs).values()))
+    together = np.concatenate(list(simulation.split_of(fuchs).values()))
     np.testing.assert_array_equal(together, np.arange(7_000))
 
 
@@ -114,8 +115,8 @@ def test_walls_reflect():
     x[0, 1] = -0.4
     v = np.ones((1, 2, 3))
     no_spring = np.zeros((1, 1))
-    _, _, free = nbody.simulate(x, v, no_spring, 10, 990, "springs")
-    _, _, walled = nbody.simulate(x, v, no_spring, 10, 990, "springs", box=0.5)
+    _, _, free = simulation.simulate(x, v, no_spring, 10, 990, "springs")
+    _, _, walled = simulation.simulate(x, v, no_spring, 10, 990, "springs", box=0.5)
     np.testing.assert_allclose(free[0, 0], 1.4)
     np.testing.assert_allclose(walled[0, 0], -0.4, atol=0.01)
     assert np.abs(walled).max() <= 0.5
@@ -132,7 +133,7 @@ def test_springs_conserve_momentum_and_are_the_edges(cache_dir):
 
 def test_batches_carry_velocities_charges_and_node_targets(cache_dir):
     dataset = load(cache_dir)
-    batch = pipeline.gather(dataset.arrays, np.array([2, -1]), pipeline.Bucket(6, 8))
+    batch = batching.gather(dataset.arrays, np.array([2, -1]), batching.Bucket(6, 8))
     assert batch.velocity.shape == batch.target.shape == (2, 6, 3)
     np.testing.assert_array_equal(batch.velocity[0, :4], dataset.arrays.velocity[8:12])
     np.testing.assert_array_equal(batch.charge[0], [*dataset.arrays.charge[8:12], 0, 0])
@@ -166,7 +167,7 @@ def test_bad_options_are_named(cache_dir, options, message):
 
 def test_position_error_is_the_mean_over_real_nodes_and_coordinates(cache_dir):
     dataset = load(cache_dir)
-    batch = pipeline.gather(dataset.arrays, np.array([0, 1, -1]), pipeline.Bucket(7, 8))
+    batch = batching.gather(dataset.arrays, np.array([0, 1, -1]), batching.Bucket(7, 8))
     prediction = batch.target + 0.5
     prediction[:, 4:] = np.nan  # padding
     error = np.asarray(graph_errors("mse", prediction, batch))
@@ -202,7 +203,7 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     if model != "linear":
         config.model.width = 8
     experiment = build_experiment(config)
-    batch = pipeline.gather(experiment.arrays, np.arange(16), experiment.dataset.buckets[0])
+    batch = batching.gather(experiment.arrays, np.arange(16), experiment.dataset.buckets[0])
     batch = sharding.to_devices(batch, experiment.mesh, 16)
     before = experiment.create_state()
     old = jax.device_get(before.params)

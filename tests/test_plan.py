@@ -1,159 +1,181 @@
-"""The batch plan as a pure function of the step, and the batches gathered from it."""
+"""demetar.plan and demetar.flops: counting, reading compiled programs, predicting, refusing."""
 
-import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import REPOSITORY
+from test_step import lower, make_experiment
 
-from data_pipelines import pipeline
-from data_pipelines.plan import (
-    MAX_BUCKETS,
-    BatchPlan,
-    Sizes,
-    buckets_with_limits,
-    choose_buckets,
-)
-from demetar.errors import UserError
+from data_pipelines.errors import UserError
+from demetar import plan
+from demetar.speed import flops, topology
+from demetar.train import jitted_train_step
 
 
-def sizes_of(nodes):
-    nodes = np.asarray(nodes)
-    return Sizes(nodes, nodes + 1)
+def test_count_of_products_is_exact():
+    a, b = np.ones((3, 4, 5), np.float32), np.ones((5, 7), np.float32)
+    found = flops.count(lambda a, b: a @ b, a, b)
+    assert found.matmul == 2 * 3 * 4 * 5 * 7
+    assert found.matmul_bytes == 4 * (60 + 35 + 84)
+
+    def repeated(a, b):
+        body = lambda carry, _: (jnp.sin(carry @ b), None)
+        return jax.lax.scan(body, a, None, length=6)[0]
+
+    found = flops.count(jax.jit(repeated), np.ones((2, 5), np.float32), np.ones((5, 5), np.float32))
+    assert (found.matmul, found.other) == (6 * 2 * 2 * 5 * 5, 6 * 10)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    nodes=st.lists(st.integers(1, 29), min_size=1, max_size=200),
-    batch_size=st.integers(1, 17),
-    seed=st.integers(0, 5),
-)
-def test_an_epoch_visits_every_graph_once(nodes, batch_size, seed):
-    sizes = sizes_of(nodes)
-    buckets = choose_buckets(sizes)
-    plan = BatchPlan(sizes, np.arange(len(nodes)), buckets, batch_size, seed)
-    for epoch in (0, 3):
-        first = epoch * plan.steps_per_epoch
-        rows = [plan[first + k] for k in range(plan.steps_per_epoch)]
-        seen = np.concatenate([graphs for _, graphs in rows])
-        assert sorted(seen[seen >= 0]) == list(range(len(nodes)))
-        for bucket, graphs in rows:
-            assert len(graphs) == batch_size
-            real = graphs[graphs >= 0]
-            assert (sizes.num_nodes[real] <= buckets[bucket].num_nodes).all()
-            assert (sizes.num_edges[real] <= buckets[bucket].num_edges).all()
+@pytest.mark.parametrize("mesh", [1, (4, 2, 1), (2, 1, 2)])
+def test_count_of_the_train_step_is_near_the_compilers(dataset, mesh):
+    experiment = make_experiment(dataset, mesh)
+    counted = flops.count(jitted_train_step(experiment), *plan.abstract_arguments(experiment, 0))
+    compiled = lower(experiment).compile().cost_analysis()["flops"] * experiment.mesh.size
+    if experiment.mesh.shape["model"] == 1:  # else all its parts repeat what is not divided
+        assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
+    # Over all devices, whatever the mesh, but for what each computes for itself.
+    one = make_experiment(dataset, 1)
+    alone = flops.count(jitted_train_step(one), *plan.abstract_arguments(one, 0))
+    assert counted.matmul == alone.matmul
 
 
-@settings(max_examples=40, deadline=None)
-@given(nodes=st.lists(st.integers(1, 12), min_size=1, max_size=60))
-def test_chosen_buckets_waste_least(nodes):
-    """Against trying every choice of at most 3 limits."""
-    import itertools
-
-    sizes = sizes_of(nodes)
-
-    def slots(limits):
-        return sum(min(limit for limit in limits if limit >= n) for n in nodes)
-
-    distinct = sorted(set(nodes))
-    best = min(
-        slots((*choice, distinct[-1]))
-        for k in range(3)
-        for choice in itertools.combinations(distinct, k)
-    )
-    assert slots([b.num_nodes for b in choose_buckets(sizes, 3)]) == best
+@pytest.fixture
+def chip():
+    return topology.read_topology("h100:4x8")[1]
 
 
-def test_the_order_depends_on_nothing_but_its_arguments():
-    sizes = sizes_of(np.random.RandomState(0).randint(3, 30, 500))
-    make = lambda **kw: BatchPlan(
-        **dict(
-            sizes=sizes, graphs=np.arange(400), buckets=choose_buckets(sizes), batch_size=16, seed=1
+def test_collectives_of_a_compiled_program(dataset):
+    experiment = make_experiment(dataset, (2, 4, 1))
+    found = topology.collectives(lower(experiment).compile().as_text(), 8, chips_near=4, unit=4)
+    params = jax.tree.leaves(experiment.abstract_state().params)
+    specs = jax.tree.leaves(experiment.state_specs.params)
+    divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
+    for name in ("all-gather", "reduce-scatter"):
+        of_name = [c for c in found if c.name == name]
+        assert sum(c.payload for c in of_name) == 4 * divided
+        assert {(c.group, c.near) for c in of_name} == {(4, 4)}  # neighbours share a node
+    over_data = [c for c in found if c.group == 2]
+    assert over_data and all(c.near == 1 and c.over_data for c in over_data)  # on other nodes
+    assert not any(c.over_data for c in found if c.group == 4)
+
+
+def test_scaling_agrees_with_the_predicted_step(dataset, chip):
+    """With the copies that the mesh has, the formula for n copies gives this very step."""
+    for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
+        experiment = make_experiment(dataset, mesh)
+        text = lower(experiment).compile().as_text()
+        counted = [flops.Count(1e9, 0.0, 1e6)]
+        found = plan.Plan(
+            experiment=experiment,
+            topology="",
+            chip=chip,
+            memory={},
+            counted=counted,
+            compiler_flops=None,
+            step_bytes=[1e6],
+            bytes_source="",
+            collectives=topology.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
         )
-        | kw
+        predicted = found.compute_seconds() + found.communication_seconds()
+        assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
+        chips, efficiency = zip(*found.scaling(), strict=True)
+        assert chips[0] == 8 // mesh[0] and chips[-1] == 1024 and efficiency[0] == 1
+        assert sorted(efficiency, reverse=True) == list(efficiency)
+
+
+@pytest.mark.parametrize(
+    "text, members",
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("no groups", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_groups_of_a_collective(text, members):
+    assert topology.first_group(text, 8).tolist() == members
+
+
+def test_time_of_a_collective_by_hand(chip):
+    gigabyte = 1e9
+    # 8 of one node: 7/8 of a gigabyte over NVLink, twice for a sum.
+    assert topology.Collective("all-gather", 8, 8, gigabyte).seconds(chip) == 7 / 8 / 450
+    assert topology.Collective("all-reduce", 8, 8, gigabyte).seconds(chip) == 2 * 7 / 8 / 450
+    # 4 nodes of 8: each GPU's eighth goes around the nodes too.
+    across = topology.Collective("all-reduce", 32, 8, gigabyte).seconds(chip)
+    assert across == pytest.approx(2 * (7 / 8 / 450 + 3 / 4 / 8 / 50))
+    assert topology.Collective("all-reduce", 1, 1, gigabyte).seconds(chip) == 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("h100", "write it as h100:4x8"),
+        ("h10:4x8", "Did you mean 'h100'"),
+        ("/nowhere/my.json:1x1", "No accelerator"),
+        ("h100:4xx", "write it as"),
+    ],
+)
+def test_wrong_topology_is_explained(wrong, message):
+    with pytest.raises(UserError, match=message):
+        topology.read_topology(wrong)
+
+
+def test_own_accelerator_by_its_file(tmp_path, chip):
+    fields = json.loads((topology.FOLDER / "h100.json").read_text()) | {"memory_bytes": 1 << 30}
+    (tmp_path / "mine.json").write_text(json.dumps(fields))
+    name, mine, sizes = topology.read_topology(f"{tmp_path}/mine.json:2x4")
+    assert mine.memory_bytes == 1 << 30 and sizes == (2, 4)
+    (tmp_path / "mine.json").write_text('{"kind": "cuda"}')
+    with pytest.raises(UserError, match="does not describe an accelerator"):
+        topology.read_topology(f"{tmp_path}/mine.json:2x4")
+
+
+def command(cache_dir, *more):
+    return subprocess.run(
+        [sys.executable, "-m", "demetar.plan", *more, f"--config.data.cache_dir={cache_dir}"],
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        capture_output=True,
+        text=True,
+        timeout=250,
     )
-    a, b = make(), make()
-    for step in (0, 7, 200, 33):  # in any order
-        assert a[step][0] == b[step][0]
-        np.testing.assert_array_equal(a[step][1], b[step][1])
-    assert a.fingerprint() == b.fingerprint()
-    for change in ({"seed": 2}, {"batch_size": 8}, {"graphs": np.arange(399)}):
-        assert make(**change).fingerprint() != a.fingerprint()
 
 
-def test_epochs_and_seeds_differ():
-    sizes = sizes_of(np.full(64, 9))
-    plan = BatchPlan(sizes, np.arange(64), choose_buckets(sizes), 64, 0)
-    assert not np.array_equal(plan[0][1], plan[1][1])
+@pytest.mark.parametrize("name, extra", [("v5e:2x4", "plan-tpu"), ("h100:1x8", "plan-gpu")])
+def test_missing_compiler_says_what_to_install(monkeypatch, name, extra):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=re.escape(f'pip install -e ".[{extra}]"')):
+        topology.planned_devices(name)
 
 
-def test_order_is_frozen():
-    """The order of a data set may never change: a resume years later must continue it."""
-    sizes = sizes_of(np.arange(5, 25) // 2)
-    plan = BatchPlan(sizes, np.arange(20), choose_buckets(sizes, 2), 4, seed=3)
-    got = [[b, *g.tolist()] for b, g in (plan[k] for k in (0, 1, 7))]
-    assert got == [[1, 19, -1, -1, -1], [0, 8, 2, 4, 3], [0, 6, 8, 10, 9]]
-
-
-def test_qm9_sizes_of_the_sample_are_well_filled(dataset):
-    plan = BatchPlan(dataset.arrays.sizes, np.arange(500), dataset.buckets, 4, 0)
-    assert len(dataset.buckets) <= MAX_BUCKETS
-    assert plan.node_efficiency > 0.93
-
-
-def test_a_molecule_larger_than_the_largest_bucket():
-    sizes = sizes_of([5, 9, 12])
-    with pytest.raises(UserError, match="number 2 of the data set, has 12 nodes.*holds 10"):
-        BatchPlan(sizes, np.arange(3), buckets_with_limits(sizes, (6, 10)), 2, 0)
-
-
-def test_too_many_buckets():
-    with pytest.raises(UserError, match="7 buckets"):
-        buckets_with_limits(sizes_of([5]), range(1, 8))
-
-
-# --- gathering ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [range(0, 12), range(5, 12)])
-def test_batches_hold_what_the_plan_says(dataset, steps):
-    arrays = dataclasses.replace(dataset.arrays, target=dataset.arrays.target.astype(np.float32))
-    plan = BatchPlan(arrays.sizes, dataset.split["train"], dataset.buckets, 8, 0)
-    found = list(pipeline.batches(arrays, plan, slice(0, 8), steps, num_threads=2))
-    assert len(found) == len(steps)
-    for step, (bucket, batch) in zip(steps, found, strict=True):
-        assert bucket == plan[step][0]
-        for row, g in enumerate(plan[step][1]):
-            assert batch.graph_mask[row] == (g >= 0)
-            n = int(batch.node_mask[row].sum())
-            e = int(batch.edge_mask[row].sum())
-            assert not batch.position[row, n:].any() and not batch.edge_type[row, e:].any()
-            if g < 0:
-                assert n == e == batch.index[row] == 0
-                continue
-            atoms = slice(arrays.node_offset[g], arrays.node_offset[g + 1])
-            edges = arrays.edges[arrays.edge_offset[g] : arrays.edge_offset[g + 1]]
-            np.testing.assert_array_equal(batch.position[row, :n], arrays.position[atoms])
-            np.testing.assert_array_equal(batch.atomic_number[row, :n], arrays.atomic_number[atoms])
-            np.testing.assert_array_equal(batch.senders[row, :e], edges[:, 0])
-            np.testing.assert_array_equal(batch.receivers[row, :e], edges[:, 1])
-            np.testing.assert_array_equal(batch.edge_type[row, :e], edges[:, 2])
-            np.testing.assert_array_equal(batch.target[row], arrays.target[g])
-            assert batch.index[row] == arrays.index[g]
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_slices_of_processes_make_the_global_batch(dataset, num_processes):
-    plan = BatchPlan(dataset.arrays.sizes, dataset.split["train"], dataset.buckets, 8, 0)
-    size = 8 // num_processes
-    parts = [
-        list(pipeline.batches(dataset.arrays, plan, slice(k, k + size), range(6)))
-        for k in range(0, 8, size)
-    ]
-    for step in range(6):
-        joined = np.concatenate([part[step][1].index for part in parts])
-        graphs = plan[step][1]
-        np.testing.assert_array_equal(
-            joined, np.where(graphs >= 0, dataset.arrays.index[graphs], 0)
-        )
+@pytest.mark.parametrize(
+    "place, module", [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda12_plugin")]
+)
+def test_the_command_on_a_real_compiler(cache_dir, tmp_path, place, module):
+    """Where the extra is installed; continuous integration has neither."""
+    pytest.importorskip(module)
+    page = tmp_path / "plan.html"
+    flags = ["--config=configs/qm9.py:smoke", f"--topology={place}", f"--html={page}"]
+    done = command(cache_dir, *flags)
+    assert done.returncode == 0, done.stderr
+    for words in ("parameters", "memory of a chip", "all-reduce", "PREDICTED weak scaling"):
+        assert words in done.stdout
+    assert page.read_text().count("<tr>") == len(done.stdout.splitlines())
+    name, chip, _ = topology.read_topology(place)
+    fields = json.loads((topology.FOLDER / f"{name}.json").read_text()) | {"memory_bytes": 3 << 20}
+    if fields.get("target_config"):
+        fields["target_config"] = str(topology.FOLDER / fields["target_config"])
+    small = tmp_path / f"{name}.json"
+    small.write_text(json.dumps(fields))
+    if chip.kind == "cuda":  # a TPU's name is the compiler's own
+        flags[1] = f"--topology={small}:1x8"
+        done = command(cache_dir, *flags, "--config.model.width=128", "--batch=512")
+        assert done.returncode == 2 and "Each of these fits: --batch=" in done.stderr

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import demetar
-from data_pipelines import nbody
+from data_pipelines.errors import UserError
+from data_pipelines.nbody import simulation
 from demetar import pretrained
-from demetar.errors import UserError
 
 NAMES = demetar.pretrained_names()
 
@@ -16,12 +16,12 @@ NAMES = demetar.pretrained_names()
 @pytest.fixture(scope="module")
 def few_systems():
     """The first systems of the official training set: (position, velocity, charge, target)."""
-    protocol = nbody.PROTOCOLS["egnn"]
+    protocol = simulation.PROTOCOLS["egnn"]
     rng = np.random.RandomState(protocol.seed)
-    systems = [nbody._draw(rng, protocol) for _ in range(50)]
+    systems = [simulation._draw(rng, protocol) for _ in range(50)]
     charge, *state, coupling = (np.stack(column) for column in zip(*systems, strict=True))
     steps = (protocol.input_step, protocol.horizon_steps)
-    position, velocity, target = nbody.simulate(*state, coupling, *steps)
+    position, velocity, target = simulation.simulate(*state, coupling, *steps)
     return position, velocity, charge, target
 
 

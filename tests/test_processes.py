@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, load_module
 
-from demetar.errors import EXIT_LOST, UserError
+from data_pipelines.errors import UserError
+from demetar.exits import EXIT_LOST
+from demetar.job.place import find_place
 from demetar.local import LocalJob, exit_code_of
-from demetar.place import find_place
+from demetar.records.files import read_jsonl
+from demetar.records.graph_log import read_identity
 from demetar.verify_resume import compare, latest_step, logged_step
-from demetar.writers import read_identity, read_jsonl
 
 
 @pytest.fixture

@@ -11,13 +11,15 @@ from conftest import REPOSITORY, load_config
 from test_models import VARIANTS, build, graph_for, loss_and_gradients
 from test_step import make_experiment, run, tree_close
 
-from data_pipelines import pipeline
-from data_pipelines.plan import BatchPlan, Bucket
-from demetar import flops, machine, trace, writers
-from demetar.errors import UserError
-from demetar.experiment import build_experiment
+from data_pipelines import batching
+from data_pipelines.batch_plan import BatchPlan, Bucket
+from data_pipelines.errors import UserError
 from demetar.models.layers import attend
+from demetar.records import graph_log
+from demetar.speed import flops, machine, trace
+from demetar.speed.pace import Pace
 from demetar.train import new_pace
+from demetar.training.experiment import build_experiment
 
 # --- counting ----------------------------------------------------------------------------------
 
@@ -92,7 +94,7 @@ def test_the_machine_is_measured_once(tmp_path):
 
 
 def test_pace_counts_the_work_of_the_plan():
-    pace = writers.Pace(10, 20, lambda steps: (3 * len(steps), None, 40, 50))
+    pace = Pace(10, 20, lambda steps: (3 * len(steps), None, 40, 50))
     pace.add(11)
     pace.add(12)
     pace.waited(0.0)
@@ -164,7 +166,7 @@ def test_a_killed_run_of_several_steps_a_call_goes_on_bit_for_bit(runner, tmp_pa
     runner.run(whole, *several, config="nbody.py:smoke")
     runner.kill_after(cut, 3, *several, config="nbody.py:smoke")
     said = runner.run(cut, *several, config="nbody.py:smoke")
-    assert writers.read_identity(whole) == writers.read_identity(cut)
+    assert graph_log.read_identity(whole) == graph_log.read_identity(cut)
     assert "resumed at step" in said
     assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
     hashes = [json.loads((d / "result.json").read_text())["state_sha256"] for d in (whole, cut)]
@@ -212,12 +214,12 @@ def test_each_step_compiles_once_per_bucket(runner, tmp_path, monkeypatch):
 def test_stacked_batches_are_the_batches(dataset):
     bucket = dataset.buckets[-1]
     graphs = [
-        pipeline.gather(dataset.arrays, np.arange(start, start + 3), bucket) for start in (0, 3)
+        batching.gather(dataset.arrays, np.arange(start, start + 3), bucket) for start in (0, 3)
     ]
-    number, both = pipeline.stacked([(5, g) for g in graphs])
+    number, both = batching.stacked([(5, g) for g in graphs])
     assert number == 5 and both.velocity is None
     np.testing.assert_array_equal(both.position[1], graphs[1].position)
-    assert pipeline.stacked([(2, graphs[0])]) == (2, graphs[0])
+    assert batching.stacked([(2, graphs[0])]) == (2, graphs[0])
 
 
 def test_phases_are_told_by_names():

@@ -10,15 +10,15 @@ import pytest
 from conftest import load_config
 from jax.sharding import PartitionSpec as P
 
-from data_pipelines import pipeline
-from data_pipelines.plan import FILL, BatchPlan, Bucket, buckets_with_limits
-from demetar import sharding
-from demetar.errors import UserError
-from demetar.experiment import Experiment, build_experiment
+from data_pipelines import batching
+from data_pipelines.batch_plan import FILL, BatchPlan, Bucket, buckets_with_limits
+from data_pipelines.errors import UserError
 from demetar.models import create_model
-from demetar.step import CompiledPerBucket
-from demetar.task import Normalization, TargetErrors, standardize
 from demetar.train import compiled_train_step, jitted_train_step
+from demetar.training import sharding
+from demetar.training.experiment import Experiment, build_experiment
+from demetar.training.objective import Normalization, TargetErrors, standardize
+from demetar.training.step import CompiledPerBucket
 
 
 def make_experiment(dataset, mesh=1, dtype="float32", accumulation=1, steps_per_call=1, **model):
@@ -60,10 +60,10 @@ def run(experiment, steps, fill=()):
         bucket, graphs = plan[k]
         graphs = graphs.copy()
         graphs[list(fill)] = FILL
-        return bucket, pipeline.gather(experiment.arrays, graphs, plan.buckets[bucket])
+        return bucket, batching.gather(experiment.arrays, graphs, plan.buckets[bucket])
 
     for k in range(0, steps, together):
-        bucket, batch = pipeline.stacked([gather(k + n) for n in range(together)])
+        bucket, batch = batching.stacked([gather(k + n) for n in range(together)])
         batch = sharding.to_devices(batch, experiment.mesh, size, together > 1)
         flags = sharding.flags(experiment.mesh, False)
         state, sums = step(bucket, state, batch, flags, np.float32(1))
@@ -136,7 +136,7 @@ def collectives(dataset, mesh, **options):
 def lower(experiment):
     step = jitted_train_step(experiment)
     bucket = experiment.dataset.buckets[0]
-    batch = pipeline.gather(experiment.arrays, np.full(16, FILL), bucket)
+    batch = batching.gather(experiment.arrays, np.full(16, FILL), bucket)
     batch = sharding.to_devices(batch, experiment.mesh, 16)
     flags = sharding.flags(experiment.mesh, False)
     return step.lower(experiment.abstract_state(), batch, flags, np.float32(1))
@@ -175,7 +175,7 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(dataset, float6
     bucket = Bucket(29, 40)
 
     def gradient_norm(rows):
-        batch = pipeline.gather(experiment.arrays, rows, bucket)
+        batch = batching.gather(experiment.arrays, rows, bucket)
         step = compiled_train_step(experiment)
         _, sums = step(
             0,

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from demetar.errors import UserError, suggest
-from demetar.graph import Array, Graph
+from data_pipelines.errors import UserError, suggest
+from data_pipelines.graph import Array, Graph
 from demetar.models.baselines import DeepSet, Linear, SetTransformer
 from demetar.models.demetar import EQUIVARIANCES, Demetar
 from demetar.models.e3 import DemetarE3

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax.numpy as jnp
 
-from demetar.graph import Array, Graph, without_padding_values
+from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.layers import SYMMETRIES, Block, Dense, Mlp, layer_norm, mask_bias
 
 

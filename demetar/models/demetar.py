@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from demetar.graph import Graph, without_padding_values
+from data_pipelines.graph import Graph, without_padding_values
 from demetar.models.layers import (
     SYMMETRIES,
     Array,

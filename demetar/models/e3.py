@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from demetar.graph import Array, Graph, without_padding_values
+from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.layers import (
     SYMMETRIES,
     Attention,

@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from demetar.graph import Array, Graph, without_padding_values
+from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.layers import SYMMETRIES, Dense, safe_norm
 
 _ELEMENTS = (1, 6, 7, 8, 9)  # of QM9; node features are one-hot times powers of Z / 9

@@ -29,7 +29,7 @@ def _strike():
 
 
 if _SPEC and any("--config" in word for word in sys.orig_argv):
-    from demetar.watch import Watch
+    from demetar.job.watch import Watch
 
     _of_watch = Watch.phase
     _struck = []

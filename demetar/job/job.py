@@ -1,0 +1,379 @@
+"""The processes of a job: how they start, agree and end together.
+
+The only module that knows `jax.distributed`. A job of one process is the same code with
+nobody to wait for.
+
+    with cluster.job(...) as job:       joins the others at its place, watches them
+        ... data, model ...
+        job.agree(facts)                all have the same config, code, data, plan, checkpoint
+        ... training; job.interruption.requested, job.watch.phase(...) ...
+                                        leaves with everyone, or says why not
+"""
+
+import concurrent.futures
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+import jax
+import ml_collections
+from jax._src import distributed  # its key-value store and barriers have no public name
+
+from data_pipelines.errors import UserError
+from demetar.exits import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_NO_PROGRESS,
+    EXIT_PREEMPTED,
+    NoProgress,
+    Preempted,
+)
+from demetar.job.place import Place
+from demetar.job.signals import Interruption
+from demetar.job.watch import Watch
+from demetar.records import files, log
+
+_MAX_FAILURES = 3  # at one step
+
+
+class Job:
+    """One process's part in a job.
+
+    Attributes:
+      process: number of this one.
+      count: of all.
+      source: what said so.
+      interruption: whether this process was asked to stop.
+      watch: tells the others what this one does.
+      attempt: name of this start, the same on all processes.
+      background: one thread for what may run beside the steps; what it has not begun when the
+        job ends, however it ends, is given up.
+    """
+
+    def __init__(self, place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict):
+        self._place, self._workdir, self._config = place, workdir, config
+        self.source, self.process, self.count = place.source, place.process, place.count
+        self.attempt = f"{time.time_ns()}"
+        self.watch: Watch | None = None
+        self.background = concurrent.futures.ThreadPoolExecutor(1, "background")
+        self.interruption = Interruption(self._leave_at_once)
+        self.interruption.install()
+
+    def join(self) -> None:
+        """Becomes visible, waits for the others, and checks that all see one workdir."""
+        config = self._config
+        if self.process is None:  # only JAX can tell who we are
+            self._initialize()
+            state = distributed.global_state
+            self.process, self.count = state.process_id, state.num_processes
+        self.watch = Watch(
+            self._workdir, self.process, self.count, config.lost_seconds, config.stuck_seconds
+        )
+        log.open_log(self._workdir, self.process, self.count)
+        if self.count == 1:
+            return
+        _on_abort(self._jax_gave_up)
+        if not jax.distributed.is_initialized():
+            self._initialize()
+        self._check_workdir()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which alone writes what is shared."""
+        return self.process == 0
+
+    # --- starting -------------------------------------------------------------------------------
+
+    def _initialize(self) -> None:
+        place, config = self._place, self._config
+        if place.process == 0 and place.coordinator:
+            _check_port(place.coordinator)
+        # It would take SIGTERM for itself; our steps agree on stopping, whatever the signal.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            place.coordinator,
+            place.count,
+            place.process,
+            cluster_detection_method=place.method,
+            initialization_timeout=config.start_seconds,
+            # Ours names the process: it should be the first to speak.
+            heartbeat_timeout_seconds=int(config.lost_seconds * 1.5) + 5,
+            shutdown_timeout_seconds=10,
+        )
+
+    def _check_workdir(self) -> None:
+        """All must see one folder: checkpoints are written together, and heartbeats read."""
+        if self.is_main:
+            self._client.key_value_set("demetar/attempt", self.attempt)
+            self._client.key_value_set("demetar/workdir", f"{self._workdir.absolute()}")
+        self.attempt = self._get("demetar/attempt")
+        token = self._workdir / "processes" / f"attempt-{self.attempt}"
+        if self.is_main:
+            for old in token.parent.glob("attempt-*"):  # of earlier starts
+                old.unlink(missing_ok=True)
+            token.touch()
+            self._client.key_value_set("demetar/token", "written")
+        self._get("demetar/token")
+        deadline = time.monotonic() + 30  # shared filesystems show new files late
+        while not token.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"The workdir {self._workdir.absolute()} on host {socket.gethostname()} is "
+                    f"not the folder {self._get('demetar/workdir')} of process 0: all "
+                    "processes need one --workdir on a shared filesystem."
+                )
+            list(token.parent.iterdir())  # makes NFS look again
+            time.sleep(0.2)
+        self.barrier("workdir")
+        self.watch.all_started()
+
+    def agree(self, facts: dict) -> None:
+        """Compares `facts` over all processes, and names the odd one out.
+
+        Afterwards a signal no longer ends a process by itself: all stop together.
+
+        Args:
+          facts: name -> JSON; config, code version, data passport, batch plan.
+        """
+        if self.count > 1:
+            self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
+            if self.is_main:
+                told = [json.loads(self._get(f"demetar/facts/{n}")) for n in range(self.count)]
+                self._client.key_value_set("demetar/verdict", _odd_one_out(told))
+            verdict = self._get("demetar/verdict")
+            if verdict:
+                raise UserError(verdict)
+        self.interruption.defer()
+
+    @property
+    def _client(self):
+        return distributed.global_state.client
+
+    def _get(self, key: str) -> str:
+        """What was said under `key`; the watch ends the wait if who should say it is lost."""
+        while True:
+            try:
+                return self._client.blocking_key_value_get(key, 2_000)
+            except Exception as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+    # --- ending ---------------------------------------------------------------------------------
+
+    def barrier(self, name: str) -> None:
+        """Returns when all processes have come here; the watch ends the wait if one is lost."""
+        if self.count > 1:
+            self._client.wait_at_barrier(f"demetar/{name}", 86_400_000)
+
+    def decide(self, name: str, value: bool) -> bool:
+        """Process 0's value, on all: files may not look the same from every machine."""
+        if self.count == 1:
+            return value
+        if self.is_main:
+            self._client.key_value_set(f"demetar/{name}", json.dumps(value))
+        return json.loads(self._get(f"demetar/{name}"))
+
+    def finish(self, how: str, code: int) -> None:
+        """Leaves together: no process says that it is done before all are."""
+        self.watch.phase("report")
+        self.barrier(f"end-{how}")
+        self.watch.end(how, code)
+        if self.count > 1:
+            if self.is_main:
+                self.watch.wait_to_be_heard()  # the others disconnect before the coordinator goes
+            jax.distributed.shutdown()
+
+    def fail(self, error: BaseException) -> int:
+        """Says why, counts it, and tells the others; returns the exit code.
+
+        An error that may come from a process that is gone waits until the watch could tell.
+        """
+        if not isinstance(error, UserError) and self.count > 1 and _may_be_a_lost_process(error):
+            self.watch.wait_for_verdict()
+        if isinstance(error, UserError):
+            log.complain(f"error: {error}")
+            code = error.exit_code
+        else:
+            log.complain("".join(traceback.format_exception(error)))
+            code = EXIT_FAILED
+        if code == EXIT_FAILED:
+            code = self._count_failure(error)
+        self.watch.end(f"{type(error).__name__}: {error}", code)
+        self.watch.wait_to_be_heard()
+        return code
+
+    def check_progress(self, step: int) -> None:
+        """Refuses to try a step again at which the run has failed by itself three times.
+
+        Being killed, lost or preempted never counts: a process that is killed writes nothing.
+        """
+        failures = self._failures()
+        for failed_at in {line["step"] for line in failures if line["step"] >= step}:
+            errors = {x["attempt"]: x["error"] for x in failures if x["step"] == failed_at}
+            if len(errors) >= _MAX_FAILURES:
+                raise NoProgress(
+                    f"This run has failed {len(errors)} times at step {failed_at}, at last with: "
+                    f"{list(errors.values())[-1]} To try again nevertheless, delete "
+                    f"{self._workdir / 'failures.jsonl'}."
+                )
+
+    def _failures(self) -> list[dict]:
+        return files.read_jsonl(self._workdir / "failures.jsonl")
+
+    def _count_failure(self, error: BaseException) -> int:
+        line = {"attempt": self.attempt, "process": self.process, "step": self.watch.step}
+        line |= {"error": f"{type(error).__name__}: {error}"[:500]}
+        try:
+            with (self._workdir / "failures.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+        except OSError:
+            return EXIT_FAILED
+        attempts = {x["attempt"] for x in self._failures() if x["step"] == self.watch.step}
+        return EXIT_FAILED if len(attempts) < _MAX_FAILURES else EXIT_NO_PROGRESS
+
+    def _leave_at_once(self, message: str) -> None:
+        log.complain(f"{message} The same command goes on from there.")
+        if self.watch is not None:
+            self.watch.end("preempted", EXIT_PREEMPTED)
+            self.watch.wait_to_be_heard()
+        os._exit(EXIT_PREEMPTED)
+
+    def _jax_gave_up(self) -> None:
+        """Called before abort(), which is how JAX ends a process whose coordinator is gone.
+
+        Ends the process with the name of the one that is lost. Returns if none is: then the
+        abort was for another reason, and takes its course.
+        """
+        if self.watch.ended is not None:
+            os._exit(self.watch.ended[1])  # all was done
+        if not self.watch.started:
+            time.sleep(1)  # who is there may not have been seen yet
+            missing = ", ".join(map(str, self.watch.missing()))
+            self.watch.leave(
+                f"Waited {self._config.start_seconds} s (config.cluster.start_seconds) for all "
+                f"{self.count} processes; missing: {missing or 'none, now'}. Look at their logs, "
+                "or at the coordinator's address."
+            )
+        self.watch.wait_for_verdict()
+
+
+@contextlib.contextmanager
+def join_job(
+    place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict
+) -> Iterator[Job]:
+    """Joins a job, and leaves it with the exit code that the end deserves.
+
+    Args:
+      place: of `find_place`.
+      workdir: of the run, shared by all processes.
+      config: the group `cluster`.
+    """
+    joined = Job(place, workdir, config)
+    try:
+        joined.join()
+        how, code = "done", EXIT_DONE
+        try:
+            yield joined
+        except Preempted as stop:
+            log.say(f"{stop} The same command goes on from there.")
+            how, code = "preempted", EXIT_PREEMPTED
+        joined.finish(how, code)
+        if code == EXIT_DONE:
+            return
+    except BaseException as error:
+        if joined.watch is None:
+            raise
+        code = joined.fail(error)
+    finally:
+        joined.background.shutdown(wait=False, cancel_futures=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # sys.exit would wait in a barrier of JAX for those that are gone, and for what compiles.
+    os._exit(code)
+
+
+def code_sha256() -> str:
+    """SHA-256 over the sources of both packages: processes must run the same code."""
+    root = pathlib.Path(__file__).parents[2]
+    digest = hashlib.sha256(jax.__version__.encode())
+    for package in ("demetar", "data_pipelines"):
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _odd_one_out(told: list[dict]) -> str:
+    """What to say about processes whose facts differ from those of most; empty if none does."""
+    for name in told[0]:
+        values = [json.dumps(facts[name], sort_keys=True) for facts in told]
+        most = max(values, key=values.count)
+        odd = [n for n, value in enumerate(values) if value != most]
+        if odd:
+            first = odd[0]
+            usual = next(n for n, value in enumerate(values) if value == most)
+            differences = _differences(told[first][name], told[usual][name])
+            return (
+                f"Process {', '.join(map(str, odd))} of {len(told)} differs from the others in its "
+                f"{name}: {differences}. All processes must run one command, one version, on the "
+                "same data."
+            )
+    return ""
+
+
+def _differences(odd, usual, prefix: str = "") -> str:
+    if isinstance(odd, dict) and isinstance(usual, dict):
+        keys = [k for k in odd.keys() | usual.keys() if odd.get(k) != usual.get(k)]
+        return "; ".join(
+            _differences(odd.get(k), usual.get(k), f"{prefix}.{k}" if prefix else k)
+            for k in sorted(keys)
+        )
+    return f"{prefix} {odd!r}, elsewhere {usual!r}" if prefix else f"{odd!r}, elsewhere {usual!r}"
+
+
+def _check_port(coordinator: str) -> None:
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"The port of --coordinator_address {coordinator} cannot be used here: "
+                f"{error.strerror}. Choose another, the same for all processes."
+            ) from error
+
+
+def _may_be_a_lost_process(error: BaseException) -> bool:
+    text = str(error).lower()
+    return any(
+        word in text
+        for word in ("gloo", "nccl", "peer", "connection", "unavailable", "barrier", "heartbeat")
+    )
+
+
+_handlers = []  # ctypes does not hold them
+
+
+def _on_abort(handler) -> None:
+    """Calls `handler` where a library calls abort(): JAX does, when the coordinator is gone.
+
+    In the thread that aborts, which is not inside Python. abort() goes on if it returns.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handle(number):
+        handler()
+
+    _handlers.append(handle)
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p))

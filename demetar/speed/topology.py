@@ -1,0 +1,156 @@
+"""Machines that need not exist: chips by their published peaks, devices to compile for, and the
+collectives of a program compiled for them.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+from jax.experimental import topologies
+
+from data_pipelines.errors import UserError, suggest
+
+FOLDER = pathlib.Path(__file__).parent / "accelerators"
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "pred": 8, "s8": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """A chip, by its published peaks; a file of demetar/accelerators.
+
+    Attributes:
+      kind: `tpu` or `cuda`, the compiler.
+      memory_bytes: of one chip.
+      peak_flops: matrix products, by compute type, operations/s.
+      memory_bytes_per_s: of its memory.
+      near_bytes_per_s: to the chips of its node, one direction.
+      far_bytes_per_s: to others.
+      chips_near: how many are near.
+      source: of these numbers, for a person.
+      target_config: file beside this one that describes a GPU to the compiler.
+    """
+
+    kind: str
+    memory_bytes: int
+    peak_flops: dict[str, float]
+    memory_bytes_per_s: float
+    near_bytes_per_s: float
+    far_bytes_per_s: float
+    chips_near: int
+    source: str
+    target_config: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the compiled step.
+
+    Attributes:
+      name: of the operation.
+      group: how many chips take part.
+      near: how many of a group share a node.
+      payload: bytes of the whole array, summed or gathered.
+      over_data: whether a group crosses copies of the state.
+    """
+
+    name: str
+    group: int
+    near: int
+    payload: float
+    over_data: bool = False
+
+    def seconds(self, chip: Accelerator) -> float:
+        """Rings within the nodes, then between them, each chip with its part; twice to sum.
+
+        (k - 1) / k of the payload over the near links for k chips of a node; (m - 1) / m of a
+        k-th over the far ones for m nodes.
+        """
+        nodes = self.group // self.near
+        near = (self.near - 1) / self.near * self.payload / chip.near_bytes_per_s
+        far = (nodes - 1) / nodes * self.payload / self.near / chip.far_bytes_per_s
+        return (2 if self.name == "all-reduce" else 1) * (near + far)
+
+
+def read_topology(text: str) -> tuple[str, Accelerator, tuple[int, ...]]:
+    """`h100:4x8` -> name, chip, sizes."""
+    name, _, sizes = text.rpartition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", sizes) or not name:
+        raise UserError(
+            f"--topology is {text!r}; write it as h100:4x8 (nodes x GPUs) or v5e:16x16."
+        )
+    known = sorted(file.stem for file in FOLDER.glob("*.json"))
+    file = pathlib.Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not file.exists():
+        raise UserError(
+            f"No accelerator {name!r}.{suggest(name, known)} Known: {', '.join(known)}; or "
+            "the path of a .json file like theirs."
+        )
+    try:
+        fields = json.loads(file.read_text())
+        if fields.get("target_config"):
+            fields["target_config"] = str(file.parent / fields["target_config"])
+        return name, Accelerator(**fields), tuple(int(n) for n in sizes.split("x"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} does not describe an accelerator: {error}") from error
+
+
+def planned_devices(text: str):
+    """Chip and devices of a topology that need not exist."""
+    name, chip, sizes = read_topology(text)
+    extra, module = {
+        "tpu": ("plan-tpu", "libtpu"),
+        "cuda": ("plan-gpu", "jax_cuda12_plugin"),
+    }[chip.kind]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f'The compiler for {name} is missing: pip install -e ".[{extra}]".')
+    try:
+        if chip.kind == "tpu":
+            more = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+            found = topologies.get_topology_desc(text, platform="tpu", **more)
+        else:
+            if len(sizes) != 2:
+                raise UserError(f"--topology={text}: GPUs are written as nodes x GPUs, {name}:4x8.")
+            found = topologies.get_topology_desc(
+                platform="cuda",
+                target_config=pathlib.Path(chip.target_config).read_text(),
+                topology="x".join(map(str, (1, *sizes))),
+            )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"The compiler does not know --topology={text}: {error}") from error
+    return chip, found.devices
+
+
+def collectives(text: str, chips: int, chips_near: int, unit: int) -> list[Collective]:
+    """Of a compiled program's text; `unit` chips hold one copy of the state."""
+    found = []
+    pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\((.*)"
+    for shapes, name, start, rest in re.findall(pattern, text):
+        arrays = [
+            math.prod(int(n) for n in dims.split(",") if n) * _BITS[kind] / 8
+            for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+            if kind in _BITS
+        ]
+        if start and name != "all-reduce" and len(arrays) > 1:
+            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        members = first_group(rest, chips)
+        payload = sum(arrays) * (len(members) if name == "reduce-scatter" else 1)
+        near = int(np.bincount(members // chips_near).max())
+        over_data = len(set(members // unit)) > 1
+        found.append(Collective(name, len(members), near, payload, over_data))
+    return found
+
+
+def first_group(text: str, chips: int) -> np.ndarray:
+    """Numbers of the chips of one group: `{{0,1},{2,3}}` or `[groups,size]<=[dims]T(order)`."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if iota:
+        sizes = [int(n) for n in iota[3].split(",")]
+        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(iota[2])]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    return np.array([int(n) for n in listed[1].split(",")]) if listed else np.arange(chips)

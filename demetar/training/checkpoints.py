@@ -1,0 +1,221 @@
+"""Checkpoints: saved asynchronously by Orbax, verified by SHA-256 before they are trusted.
+
+The only module that imports Orbax. A checkpoint is the folder `checkpoints/<step>` with the
+state (`TrainState`), a `meta` JSON and, last of all, `manifest.json` with the size and hash
+of every file. A folder without a manifest is a save that was cut off; one that differs from
+its manifest is damaged. Both are set aside, and the one before is used.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from data_pipelines.errors import UserError
+from demetar.job.job import Job
+from demetar.records import log
+
+_MANIFEST = "manifest.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last few, and the best by validation.
+
+    Args:
+      workdir: of the run.
+      keep_last: how many of the newest to keep, at least 2, so that there is always one
+        before the one being written.
+      job: whose processes save and restore together; None for a reader of its own.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep_last: int, job: Job | None = None):
+        if keep_last < 2:
+            raise UserError(
+                f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
+                "newest checkpoint falls back to the one before."
+            )
+        self._folder = workdir / "checkpoints"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        damaged = False
+        if job is None or job.is_main:
+            damaged = self._set_damaged_aside(workdir / "damaged")
+        if job is not None:
+            job.barrier("checkpoints")
+        self._best = _KeepBest()
+        self._manager = ocp.CheckpointManager(
+            self._folder.absolute(),
+            item_names=("state", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True,
+                preservation_policy=preservation_policy.AnyPreservationPolicy(
+                    [preservation_policy.LatestN(keep_last), self._best]
+                ),
+            ),
+        )
+        if damaged and self._manager.latest_step() is None:
+            raise UserError(
+                f"No checkpoint in {self._folder} is whole; {workdir / 'damaged'} holds what is "
+                "left. Start again with another --workdir, or delete this one."
+            )
+        self._without_manifest: int | None = None
+        self._hashing = concurrent.futures.ThreadPoolExecutor(1, "manifest")
+        self._hashed: concurrent.futures.Future | None = None
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation score so far; None before the first evaluation."""
+        latest = self.latest_step()
+        return None if latest is None else self.meta(latest)["progress"]["best_step"] or None
+
+    def meta(self, step: int) -> dict:
+        return self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+
+    def restore(self, step: int, abstract_state):
+        """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
+        if step not in self._manager.all_steps():
+            raise UserError(
+                f"{self._folder} has no whole checkpoint of step {step}, which had the best "
+                f"validation score; it has {sorted(self._manager.all_steps())}."
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        return self._manager.restore(step, args=args).state
+
+    def _set_damaged_aside(self, aside: pathlib.Path) -> bool:
+        """Moves folders that are not whole to `aside`; true if one was damaged, not cut off."""
+        damaged = False
+        for folder in sorted(self._folder.iterdir()):
+            if not (folder.name.isdigit() and folder.is_dir()):
+                continue
+            reason = _what_is_wrong(folder)
+            if reason is None:
+                continue
+            damaged |= (folder / _MANIFEST).exists()
+            log.complain(
+                f"Checkpoint {folder.name} is not whole ({reason}); moved to {aside}. "
+                "Going back to the one before."
+            )
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / folder.name, ignore_errors=True)
+            folder.rename(aside / folder.name)
+        return damaged
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def save(self, state, meta: dict) -> None:
+        """Starts saving; blocks only while arrays are copied.
+
+        A step saved before (then without its evaluation) is replaced, unless it is all there is:
+        a resume evaluates it again, and finds the same.
+
+        Args:
+          state: a `TrainState`.
+          meta: JSON; config, passport and progress of the run. The checkpoint of its
+            `progress["best_step"]` is kept.
+        """
+        step = int(state.step)
+        self.wait()
+        saved = self._manager.all_steps()
+        if step in saved:
+            if len(saved) == 1:
+                return  # a kill before the new one is whole would leave nothing
+            self._manager.delete(step)
+        self._best.step = meta["progress"]["best_step"]
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+            ),
+            force=True,
+        )
+        self._without_manifest = step
+
+    def poll(self) -> None:
+        """Writes the manifest, in a thread, once the save under way is committed."""
+        if self._without_manifest is None or self._manager.is_saving_in_progress():
+            return
+        self._manager.wait_until_finished()  # raises what went wrong in the background
+        folder = self._folder / str(self._without_manifest)
+        self._without_manifest = None
+        if jax.process_index() == 0:
+            self._hashed = self._hashing.submit(_write_manifest, folder)
+
+    def wait(self) -> None:
+        """Returns when everything saved so far is on disk with its manifest."""
+        self._manager.wait_until_finished()
+        self.poll()
+        if self._hashed is not None:
+            self._hashed.result()
+            self._hashed = None
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+        self._hashing.shutdown()
+
+
+class _KeepBest:
+    """An Orbax preservation policy: keeps the one checkpoint of `step`.
+
+    Orbax's own BestN wants a metric with every save, and ours between evaluations have none.
+    """
+
+    step = 0
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _files(folder: pathlib.Path) -> dict[str, dict]:
+    facts = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and _MANIFEST not in file.name:
+            with file.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            facts[str(file.relative_to(folder))] = {
+                "bytes": file.stat().st_size,
+                "sha256": digest,
+            }
+    return facts
+
+
+def _write_manifest(folder: pathlib.Path) -> None:
+    files = _files(folder)  # before the manifest's own file exists
+    unfinished = folder / f".{_MANIFEST}.tmp"
+    with unfinished.open("w") as stream:
+        json.dump({"files": files}, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.rename(folder / _MANIFEST)
+
+
+def _what_is_wrong(folder: pathlib.Path) -> str | None:
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return "it has no manifest: the save was cut off"
+    except (ValueError, KeyError, OSError) as error:
+        return f"its manifest cannot be read: {error}"
+    found = _files(folder)
+    for name, facts in expected.items():
+        if name not in found:
+            return f"missing file {name}"
+        if found[name] != facts:
+            return (
+                f"{name} has {found[name]['bytes']} bytes with SHA-256 "
+                f"{found[name]['sha256'][:12]}…, its manifest says {facts['bytes']} bytes with "
+                f"{facts['sha256'][:12]}…"
+            )
+    return None
