@@ -1,5 +1,6 @@
 """demetar.plan and demetar.flops: counting, reading compiled programs, predicting, refusing."""
 
+import functools
 import json
 import os
 import re
@@ -11,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from jax.sharding import PartitionSpec as P
 from test_step import lower, make_experiment
 
 from data_pipelines.errors import UserError
 from demetar import plan
 from demetar.speed import flops, topology
 from demetar.train import jitted_train_step
+from demetar.training import sharding
 
 
 def test_count_of_products_is_exact():
@@ -64,6 +67,8 @@ def test_collectives_of_a_compiled_program(dataset):
     over_data = [c for c in found if c.group == 2]
     assert over_data and all(c.near == 1 and c.over_data for c in over_data)  # on other nodes
     assert not any(c.over_data for c in found if c.group == 4)
+    # Of what is repeated; of gradients over copies; of the norm over parts of a copy.
+    assert sorted(c.group for c in found if c.name == "all-reduce") == [2, 4, 8]
 
 
 def test_scaling_agrees_with_the_predicted_step(dataset, chip):
@@ -93,14 +98,46 @@ def test_scaling_agrees_with_the_predicted_step(dataset, chip):
 @pytest.mark.parametrize(
     "text, members",
     [
-        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups={{0,2},{1,3}}, to_apply", [0, 2]),
         ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4,'model'=1] {'fsdp'}, to_apply", [0, 1, 2, 3]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", [0, 4]),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'model'=2] {'data','model'}", [0, 1, 4, 5]),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'a'}", [2, 3]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [0, 2]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [0, 1, 4, 5]),
+        ("replica_groups={}, dimensions={0}", [0, 1, 2, 3, 4, 5, 6, 7]),
         ("no groups", [0, 1, 2, 3, 4, 5, 6, 7]),
     ],
 )
 def test_groups_of_a_collective(text, members):
-    assert topology.first_group(text, 8).tolist() == members
+    assert sorted(topology.first_group(text, 8).tolist()) == members
+
+
+def test_groups_in_an_unknown_form_are_not_guessed():
+    with pytest.raises(ValueError, match="cannot read: <4 of 8>"):
+        topology.first_group("replica_groups=<4 of 8>", 8)
+
+
+@pytest.mark.parametrize("by", ["shard_map", "the compiler"])
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)])
+def test_groups_are_those_that_a_program_adds_up(axes, by):
+    """Chip k gives 2**k: the bits of a sum are its members, however this XLA writes them."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    spec = P(*sharding.AXES)
+    add_up = lambda x: x.sum(axes)
+    if by == "shard_map":
+        over = [sharding.AXES[k] for k in axes]
+        add_up = lambda x: jax.lax.psum(x, over)
+        add_up = jax.shard_map(add_up, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    bits = 2 ** np.arange(8, dtype=np.int32).reshape(2, 2, 2)
+    program = jax.jit(add_up, in_shardings=jax.NamedSharding(mesh, spec)).lower(bits).compile()
+    written = re.findall(r" all-reduce(?:-start)?\(.*", program.as_text())
+    groups = [topology.first_group(text, 8) for text in written]  # the compiler: axis by axis
+    members = functools.reduce(np.add.outer, groups)
+    assert np.sum(2**members) == np.ravel(program(bits))[0]
 
 
 def test_time_of_a_collective_by_hand(chip):

@@ -17,6 +17,7 @@ from data_pipelines.errors import UserError, suggest
 FOLDER = pathlib.Path(__file__).parent / "accelerators"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "pred": 8, "s8": 8}
+_TABLE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # of numbers of chips: sizes, order of the axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +147,51 @@ def collectives(text: str, chips: int, chips_near: int, unit: int) -> list[Colle
 
 
 def first_group(text: str, chips: int) -> np.ndarray:
-    """Numbers of the chips of one group: `{{0,1},{2,3}}` or `[groups,size]<=[dims]T(order)`."""
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
-    if iota:
-        sizes = [int(n) for n in iota[3].split(",")]
-        order = [int(n) for n in iota[4].split(",")] if iota[4] else range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).ravel()[: int(iota[2])]
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    return np.array([int(n) for n in listed[1].split(",")]) if listed else np.arange(chips)
+    """Numbers of the chips of one group of a collective, in any of the ways XLA writes groups.
+
+    `{}` all chips; `{{0,1},{2,3}}` each group; `[groups,size]<=[dims]T(order)` rows of a table;
+    `mesh['a'=2,'b'=4] {'b'}` axes of a mesh, since jax 0.11 the usual way.
+
+    Raises:
+      ValueError: groups are written in another way.
+    """
+    written = text.partition("replica_groups=")[2]
+    if not written or written.startswith("{}"):
+        return np.arange(chips)
+    if listed := re.match(r"\{\{([\d,]+)\}", written):
+        return np.array(_numbers(listed[1]))
+    if table := re.match(rf"\[\d+,(\d+)\]<={_TABLE}", written):
+        return _table(*table.groups()[1:])[: int(table[1])]
+    if mesh := re.match(r"mesh\[([^]]+)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", written):
+        return _mesh_group(*mesh.groups())
+    raise ValueError(f"Groups of a collective that this version cannot read: {written[:200]}")
+
+
+def _mesh_group(axes: str, order: str | None, grouped: str) -> np.ndarray:
+    """The first group of `mesh['a'=2,'b'=4], device_ids=(order) {'a','b':(2)2}`.
+
+    `'b':(2)2` is a part of an axis: its second factor of 2, after a first one of 2.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    if order is None:
+        numbers = np.arange(math.prod(sizes.values()))
+    elif table := re.fullmatch(_TABLE, order):
+        numbers = _table(*table.groups())
+    else:
+        numbers = np.array(_numbers(order))
+    taken = {name: np.zeros(1, int) for name in sizes}
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped):
+        before, size = int(before or 1), int(size or sizes[name])
+        stride = sizes[name] // (before * size)
+        taken[name] = np.add.outer(taken[name], stride * np.arange(size)).ravel()
+    return numbers.reshape(tuple(sizes.values()))[np.ix_(*taken.values())].ravel()
+
+
+def _table(sizes: str, order: str | None) -> np.ndarray:
+    """`[2,4]T(1,0)`: 0, 1, 2 ... as an array of these sizes, transposed, in one row."""
+    numbers = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return (numbers.transpose(_numbers(order)) if order else numbers).ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
