@@ -30,11 +30,18 @@ autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 
+highlight_language = "text"
+
 # Looks
 html_theme = "sphinx_book_theme"
 html_title = "demetar"
 html_static_path = ["_static"]
-html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True}
+html_theme_options = {
+    "show_navbar_depth": 1,
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field stands in the sidebar
+    "use_download_button": False,
+}
 html_copy_source = False
 html_show_sourcelink = False
 
@@ -64,11 +71,23 @@ def plain_text(app, what, name, obj, options, lines) -> None:
 
 
 def _escape(line: str) -> str:
-    """`|` and `*` escaped, outside of backticks."""
-    parts = re.split(r"(`+[^`]*`+)", line)
-    return "".join(p if p.startswith("`") else re.sub(r"([|*])", r"\\\1", p) for p in parts)
+    """`x` as code, also in `x`s; `|` and `*` escaped elsewhere, but for a bullet."""
+    bullet = re.match(r"\s*(\* )?", line)[0]
+    parts = re.split(r"`+([^`]+)`+(?=(\w?))", line[len(bullet) :])
+    texts, codes, next_letters = parts[::3], parts[1::3], parts[2::3]
+    shown = re.sub(r"([|*])", r"\\\1", texts[0])
+    for code, letter, text in zip(codes, next_letters, texts[1:], strict=True):
+        shown += f"``{code}``" + ("\\ " if letter else "") + re.sub(r"([|*])", r"\\\1", text)
+    return bullet + shown
+
+
+def fields_of_flax(app, what, name, obj, options, signature, returns):
+    """The options of a model, without the two fields that flax adds to every module."""
+    del app, what, name, obj, options
+    return re.sub(r",? parent: .*\)$", ")", signature or "") or None, returns
 
 
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", fields_of_flax)
     # Before napoleon, which has Sphinx's usual priority of 500.
     app.connect("autodoc-process-docstring", plain_text, priority=400)
