@@ -1,131 +1,69 @@
 """DEMETAr on QM9.
 
-    python -m demetar.main --config=configs/qm9.py              full training, HOMO
-    python -m demetar.main --config=configs/qm9.py:gap          another target, its defaults
-    python -m demetar.main --config=configs/qm9.py:quick        10 minutes on two CPU cores
-    python -m demetar.main --config=configs/qm9.py:smoke        seconds, on 500 real molecules
-    python -m demetar.main --config=configs/qm9.py:egnn         the baseline, as published
-    python -m demetar.main --config=configs/qm9.py:wide         8 layers of 256, bonds as edges
+    demetar train --config=qm9              full training, HOMO
+    demetar train --config=qm9:gap          another target, with settings of its own
+    demetar train --config=qm9:quick        ten minutes on two CPU cores
+    demetar train --config=qm9:smoke        seconds, on 500 real molecules
+    demetar train --config=qm9:egnn         the baseline, as published
+    demetar train --config=qm9:wide         8 layers of 256, bonds as edges
+    demetar train --config=qm9:large        156 million parameters, see launch/
 
-Variants combine: `:quick,gap`, `:egnn,lumo`. Every value can be set:
-`--config.optim.learning_rate=1e-4`.
+In a checkout `--config=configs/qm9.py:quick` names the same file. Variants combine: `:quick,gap`,
+`:egnn,lumo`, `:large,smoke`. This file says what differs from the defaults in
+demetar/config/defaults.py; every key can be set: `--config.optim.learning_rate=1e-4`.
 
-Full training: meant for one or more accelerators; never run, so no result is claimed.
-`:quick`: two CPU cores, at most 10 minutes of training; result in README.md.
+Hardware: the full training and `:large` are meant for accelerators. Neither has been run, so no
+result is claimed. `:large,smoke` needs no accelerator: eight virtual CPU devices, the same mesh.
+Result of `:quick`, on two CPU cores: README.md.
 """
 
 from ml_collections import ConfigDict
 
-# Of the table data_pipelines/targets.py; configs import nothing of the project.
+# The properties of data_pipelines/qm9/properties.py. A config imports nothing of the project.
 TARGETS = "A B C mu alpha homo lumo gap r2 zpve U0 U H G Cv".split()
+_TOTAL_ENERGIES = ("U0", "U", "H", "G", "zpve")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The config; `arg` is what follows the colon: variants and a target, comma-separated."""
-    config = _full()
     words = list(filter(None, arg.split(",")))
-    if "egnn" in words:
-        _egnn(config)
+    models = {"egnn": _egnn, "large": _large}
+    variants = models | {"wide": _wide, "quick": _quick, "smoke": _smoke}
     for word in words:
-        if word == "egnn":
-            continue
-        elif word == "wide":
-            _wide(config)
-        elif word == "quick":
-            _quick(config)
-        elif word == "smoke":
-            _smoke(config)
-        elif word in TARGETS:
-            config.data.targets = (word,)
-            if word in ("U0", "U", "H", "G", "zpve"):
-                # Total energies want a lower rate and no decay, as Equiformer trains them.
-                config.optim.learning_rate *= 0.5
-                config.optim.weight_decay = 0.0
-        else:
-            known = ", ".join(("quick", "smoke", "egnn", "wide", *TARGETS))
-            raise ValueError(f"configs/qm9.py has no variant {word!r}; known: {known}")
+        if word not in (*variants, *TARGETS):
+            known = ", ".join((*variants, *TARGETS))
+            raise ValueError(f"there is no variant {word!r}; known: {known}")
+    config = _full()
+    # Which model comes first, then how much of it, then the target.
+    for word in sorted(filter(variants.get, words), key=lambda word: word not in models):
+        variants[word](config)
+    for word in filter(TARGETS.__contains__, words):
+        config.data.targets = (word,)
+    if not set(words).isdisjoint(_TOTAL_ENERGIES):
+        # They want a lower rate and no decay, as Equiformer trains them.
+        config.optim.update({"learning_rate": config.optim.learning_rate / 2, "weight_decay": 0.0})
     return config
 
 
 def _full() -> ConfigDict:
     return ConfigDict(
         {
-            "seed": 0,  # of initial weights, data order and dropout
-            "data": {
-                "name": "qm9",
-                "source": "qm9pack",  # qm9pack | raw | tfds | sample
-                "path": "",  # of the files, for raw and tfds
-                "cache_dir": "",  # prepared data; empty: ~/.cache/demetar
-                "targets": ("homo",),
-                "split": "dimenet",  # cormorant | dimenet | torchmd | random
-                "edges": "cutoff",  # bonds | cutoff | complete
-                "edge_cutoff": 3.0,  # angstrom, for cutoff
-                "buckets": (),  # most nodes of each bucket; empty: the best 6 for the data
-                "batch_size": 128,  # molecules a step, over all devices
-                "eval_batch_size": 256,
-                "prefetch_threads": 1,
-                "prefetch_batches": 8,
-            },
+            "data": {"name": "qm9"},
             "model": {
                 "name": "demetar",
-                "readout": "auto",  # auto: as the target's row says | cls | sum | mean
                 "width": 256,
-                "num_heads": 8,
                 "edge_layers": 3,
                 "node_layers": 3,
                 "joint_layers": 6,
-                "mlp_ratio": 4,
-                "num_radial": 64,
-                "radial_cutoff": 8.0,  # angstrom
-                "attention": "all",  # all | edges: along the graph's edges only, for large graphs
-                "edge_attention": "shared_node",  # full | shared_node | none
-                "edge_atoms": True,
-                "pair_bias": True,
+                "radial_cutoff": 8.0,
+                "edge_attention": "shared_node",
                 "environment": True,
-                "scaling": "standard",  # standard | blog
-                "remat": False,  # compute layers again in the backward pass: less memory
-                "dropout": 0.0,
-                "dtype": "float32",  # float32 | bfloat16 | float64
             },
-            "optim": {
-                "learning_rate": 5e-4,
-                "schedule": "cosine",  # cosine | plateau | constant
-                "warmup_steps": 5_000,
-                "final_fraction": 0.01,  # of the peak, at the end of the cosine
-                "plateau": {"factor": 0.8, "patience": 15, "min_scale": 1e-3},
-                "b1": 0.9,
-                "b2": 0.999,
-                "weight_decay": 5e-3,
-                "clip_norm": 1.0,
-                "ema_decay": 0.999,
-            },
-            "train": {
-                "num_steps": 258_000,  # 300 epochs
-                "loss": "mae",  # mae | mse, of standardised targets
-                "accumulation": 1,  # micro-batches a step
-                "steps_per_call": 1,  # more needs graphs of one bucket
-                "eval_every": 4_300,
-            },
-            "checkpoint": {
-                "every_steps": 1_000,
-                "keep_last": 2,
-                "stop_at": 0,  # step after which to save and stop, as if preempted; 0: never
-            },
-            "log": {
-                "every_steps": 100,
-                "identity": False,  # also which graphs each process computed in each step
-            },
-            "cluster": {
-                "start_seconds": 300,  # how long the first process waits for the last
-                "lost_seconds": 30,  # silence after which a process is lost, and the job ends
-                "stuck_seconds": 80,  # without any progress, after which the job ends
-            },
-            "mesh": {
-                "data": -1,  # copies of the state, each with other graphs; -1: all that is left
-                "fsdp": 1,  # parts of the state, each with other graphs
-                "model": 1,  # parts of each layer, all with the same graphs
-                "cpu_devices": 0,  # virtual CPU devices; 0: one
-            },
+            "optim": {"learning_rate": 5e-4, "warmup_steps": 5_000, "weight_decay": 5e-3},
+            "train": {"num_steps": 258_000, "eval_every": 4_300},  # 300 epochs, one of 5
+            "checkpoint": {},
+            "log": {},
+            "mesh": {},
         }
     )
 
@@ -134,19 +72,25 @@ def _egnn(config: ConfigDict) -> None:
     """Satorras et al. 2021: complete graphs, 7 x 128, 1000 epochs, no moving average."""
     config.data.update({"split": "cormorant", "edges": "complete", "batch_size": 96})
     config.model = ConfigDict(
-        {
-            "name": "egnn",
-            "readout": "sum",
-            "width": 128,
-            "num_layers": 7,
-            "attention": True,
-            "remat": False,
-            "dtype": "float32",
-        }
+        {"name": "egnn", "readout": "sum", "width": 128, "num_layers": 7, "attention": True}
     )
     config.optim.update({"learning_rate": 1e-3, "warmup_steps": 0, "final_fraction": 0.0})
     config.optim.update({"weight_decay": 1e-16, "ema_decay": 0.0, "clip_norm": 1e6})
     config.train.num_steps = 1_042_000
+
+
+def _large(config: ConfigDict) -> None:
+    """For a node of 8 accelerators or more: what the sharding is for."""
+    config.data.update({"edges": "bonds", "batch_size": 1024, "eval_batch_size": 2048})
+    config.data.prefetch_threads = 2
+    config.model.update({"width": 1024, "num_heads": 16, "edge_attention": "full"})
+    config.model.dtype = "bfloat16"
+    config.optim.update({"learning_rate": 2e-4, "warmup_steps": 2_000})
+    config.optim.update({"b2": 0.98, "weight_decay": 1e-2})
+    config.train.update({"num_steps": 33_000, "eval_every": 1_100})  # about 300 epochs
+    config.checkpoint.every_steps = 500
+    config.log.every_steps = 50
+    config.mesh.update({"fsdp": 4, "model": 2})  # and copies of that on the rest of the machine
 
 
 def _wide(config: ConfigDict) -> None:
@@ -160,41 +104,35 @@ def _quick(config: ConfigDict) -> None:
     """The README's main job."""
     config.data.update({"edges": "bonds", "batch_size": 64})
     if config.model.name == "demetar":
-        config.model.update(
-            {
-                "width": 96,
-                "num_heads": 16,
-                "edge_layers": 1,
-                "node_layers": 1,
-                "joint_layers": 2,
-                "mlp_ratio": 2,
-                "num_radial": 32,
-                "radial_cutoff": 5.0,
-                "edge_attention": "full",
-            }
-        )
+        config.model.update({"width": 96, "num_heads": 16, "mlp_ratio": 2})
+        config.model.update({"edge_layers": 1, "node_layers": 1, "joint_layers": 2})
+        config.model.update({"num_radial": 32, "radial_cutoff": 5.0, "edge_attention": "full"})
         config.optim.update({"learning_rate": 1.2e-3, "weight_decay": 1e-2})
     else:
         config.data.edges = "complete"
         config.train.accumulation = 8  # what 4 molecules need stays in the cache of a core
     config.optim.warmup_steps = 300
     config.train.update({"num_steps": 10_000, "eval_every": 2_000})
-    config.checkpoint.every_steps = 1_000
     config.log.every_steps = 200
     config.mesh.cpu_devices = 2
 
 
 def _smoke(config: ConfigDict) -> None:
-    """A small model on the sample that ships with the repository."""
-    _quick(config)
-    config.data.update({"source": "sample", "split": "random", "batch_size": 16})
-    config.data.update({"eval_batch_size": 32, "buckets": (29,)})
+    """A small model on the sample that ships with the code."""
+    large = "fsdp" in config.mesh
+    if not large:
+        _quick(config)
+    config.data.update({"source": "sample", "split": "random", "buckets": (29,)})
+    config.data.update({"batch_size": 16, "eval_batch_size": 32})
     if config.model.name == "demetar":
-        config.model.update({"width": 32, "num_heads": 4, "joint_layers": 1, "num_radial": 16})
+        config.model.update({"width": 32, "num_heads": 4, "num_radial": 16})
+        config.model.update({"edge_layers": 1, "node_layers": 1, "joint_layers": 1})
     else:
         config.model.update({"width": 16, "num_layers": 2})
         config.train.accumulation = 1
-    config.optim.warmup_steps = 10
-    config.train.update({"num_steps": 40, "eval_every": 20})
+    config.optim.warmup_steps = 5 if large else 10
+    steps = 20 if large else 40
+    config.train.update({"num_steps": steps, "eval_every": steps // 2})
     config.checkpoint.every_steps = 5
     config.log.every_steps = 1
+    config.mesh.cpu_devices = 8 if large else 2
