@@ -6,6 +6,7 @@ to its end, so it starts at any step and needs no checkpoint of its own.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -17,19 +18,20 @@ from data_pipelines.graph import Graph
 
 @dataclasses.dataclass(frozen=True)
 class GraphArrays:
-    """All graphs of a data set, ready to be gathered: atoms, edges and targets.
+    """All graphs of a data set, ready to be gathered: atoms, edges and labels.
 
     Attributes:
-      index: [G] int32.
+      index: [G] int32, published numbers.
       node_offset: [G + 1] int64.
-      atomic_number: [atoms] uint8.
-      position: [atoms, 3] float.
+      atomic_number: [nodes] uint8.
+      position: [nodes, 3] float.
       edge_offset: [G + 1] int64.
-      edges: [edges, 3] uint8, rows (sender, receiver, BondType).
-      target: [G, T] float, or [atoms, 3] where every node has its own; its type is also that
-        of the positions of a batch.
-      velocity: [atoms, 3] float, or None.
-      charge: [atoms] float, or None.
+      edges: [edges, 3] uint16, rows (sender, receiver, BondType).
+      graph_labels: name of a target -> [G] float; NaN where a label is missing.
+      node_labels: name of a target -> [nodes] or [nodes, 3] float; NaN likewise.
+      velocity: [nodes, 3] float, or None.
+      charge: [nodes] float, or None.
+      dtype: of the floating-point numbers of a batch.
     """
 
     index: np.ndarray
@@ -38,17 +40,24 @@ class GraphArrays:
     position: np.ndarray
     edge_offset: np.ndarray
     edges: np.ndarray
-    target: np.ndarray
+    graph_labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    node_labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     velocity: np.ndarray | None = None
     charge: np.ndarray | None = None
+    dtype: np.dtype = np.dtype(np.float64)
 
-    @property
-    def target_per_node(self) -> bool:
-        return len(self.target) != len(self.index)
-
-    @property
+    @functools.cached_property
     def sizes(self) -> Sizes:
+        """Nodes and edges of each graph."""
         return Sizes(np.diff(self.node_offset), np.diff(self.edge_offset))
+
+    def nodes_of(self, graphs_g: np.ndarray) -> np.ndarray:
+        """Row numbers of the nodes of these graphs, one graph after the other."""
+        start_g, count_g = self.node_offset[graphs_g], self.sizes.num_nodes[graphs_g]
+        ends_g = np.cumsum(count_g)
+        return np.arange(ends_g[-1] if len(ends_g) else 0) + np.repeat(
+            start_g - (ends_g - count_g), count_g
+        )
 
 
 def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
@@ -68,18 +77,25 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
     edges_BxEx3 = np.zeros((*edge.shape, 3), np.int32)
     if len(arrays.edges):
         edges_BxEx3 = np.where(edge_mask[..., None], arrays.edges[edge], 0).astype(np.int32)
-    dtype = arrays.target.dtype
+
+    def masked(values, mask):
+        """In the type of a batch, 0 where there is nothing."""
+        mask = mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+        return np.where(mask, values, 0).astype(arrays.dtype)
 
     def per_node(values):
-        if values is None:
-            return None
-        mask = node_mask.reshape(*node_mask.shape, *[1] * (values.ndim - 1))
-        return np.where(mask, values[node], 0).astype(dtype)
+        return None if values is None else masked(values[node], node_mask)
 
-    if arrays.target_per_node:
-        target = per_node(arrays.target)
-    else:
-        target = np.where(real_B[:, None], arrays.target[g_B], 0).astype(dtype)
+    labels, label_mask = {}, {}
+    for rows, real, columns in (
+        (g_B, real_B, arrays.graph_labels),
+        (node, node_mask, arrays.node_labels),
+    ):
+        for name, column in columns.items():
+            values = column[rows]
+            missing = np.isnan(values)
+            mask = real & ~(missing.any(axis=-1) if values.ndim > real.ndim else missing)
+            labels[name], label_mask[name] = masked(values, mask), mask
     return Graph(
         position=per_node(arrays.position),
         atomic_number=np.where(node_mask, arrays.atomic_number[node], 0).astype(np.int32),
@@ -88,11 +104,12 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
         receivers=edges_BxEx3[..., 1],
         edge_type=edges_BxEx3[..., 2],
         edge_mask=edge_mask,
-        target=target,
         graph_mask=real_B,
         index=np.where(real_B, arrays.index[g_B], 0).astype(np.int32),
         velocity=per_node(arrays.velocity),
         charge=per_node(arrays.charge),
+        labels=labels,
+        label_mask=label_mask,
     )
 
 
@@ -122,13 +139,3 @@ def batches(
     dataset = grain.MapDataset.source(_Batches(arrays, plan, rows, steps.stop))
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     return iter(dataset[steps.start :].to_iter_dataset(options))
-
-
-def stacked(batches: list[tuple[int, Graph]]) -> tuple[int, Graph]:
-    """Several batches of one bucket as one with a leading axis; a single one stays as it is."""
-    if len(batches) == 1:
-        return batches[0]
-    join = lambda *x: None if x[0] is None else np.stack(x)
-    fields = Graph.__dataclass_fields__
-    graphs = [graph for _, graph in batches]
-    return batches[0][0], Graph(**{f: join(*(getattr(g, f) for g in graphs)) for f in fields})

@@ -1,8 +1,8 @@
 """Chemical bonds of a molecule in file order, with types, from its SMILES and geometry.
 
-QM9's files hold no bonds. Its heavy atoms stand in the order of the SMILES, so RDKit's
-reading of the SMILES gives the bond types; hydrogens belong to the nearest heavy atom.
-Whether the geometry agrees is checked for every molecule:
+For files that hold no bonds, such as QM9's, but whose heavy atoms stand in the order of the
+SMILES: RDKit's reading of the SMILES gives the bond types; hydrogens belong to the nearest
+heavy atom. Whether the geometry agrees is checked for every molecule:
 
 * hydrogens per heavy atom or the order of elements differ: the SMILES does not describe
   this geometry (a proton moved, say), and the bonds are taken from distances, all single;
@@ -16,9 +16,8 @@ import functools
 
 import numpy as np
 
-# Single-bond covalent radii, angstrom (Cordero et al., Dalton Trans. 2008), of H C N O F.
-_RADII = np.zeros(10)
-_RADII[[1, 6, 7, 8, 9]] = 0.31, 0.76, 0.71, 0.66, 0.57
+from data_pipelines.elements import covalent_radii
+
 _TOLERANCE = 1.2  # a pair closer than this times the sum of radii counts as bonded
 
 
@@ -53,10 +52,10 @@ _TYPE_OF_TWICE_ORDER[[2, 3, 4, 6]] = (
 def find_bonds(
     smiles: str, atomic_numbers_N: np.ndarray, positions_Nx3: np.ndarray
 ) -> tuple[np.ndarray, Agreement]:
-    """Bonds `[b, 3]` uint8 rows (i, j, BondType) with i < j, ascending, and the agreement."""
+    """Bonds `[b, 3]` uint16 rows (i, j, BondType) with i < j, ascending, and the agreement."""
     difference = positions_Nx3[:, None] - positions_Nx3[None]
     distance_NxN = np.sqrt(np.einsum("ijc,ijc->ij", difference, difference))
-    radius_N = _RADII[atomic_numbers_N]
+    radius_N = covalent_radii()[atomic_numbers_N]
     near_NxN = np.triu(distance_NxN < _TOLERANCE * (radius_N[:, None] + radius_N[None]), 1)
     heavy = np.flatnonzero(atomic_numbers_N > 1)
     hydrogen = np.flatnonzero(atomic_numbers_N == 1)
@@ -71,12 +70,12 @@ def find_bonds(
             ends = np.concatenate([heavy[i], owner]), np.concatenate([heavy[j], hydrogen])
             kinds = np.concatenate([kind, np.full(len(hydrogen), BondType.SINGLE)])
             bonds = np.stack([np.minimum(*ends), np.maximum(*ends), kinds], axis=1)
-            bonds = bonds[np.argsort(bonds[:, 0] * 256 + bonds[:, 1])].astype(np.uint8)
+            bonds = bonds[np.lexsort((bonds[:, 1], bonds[:, 0]))].astype(np.uint16)
             same = np.array_equal(near_NxN[np.ix_(heavy, heavy)], np.triu(order) > 0)
             return bonds, Agreement.AGREE if same else Agreement.HEAVY_GRAPH_DIFFERS
     pairs = np.argwhere(near_NxN)
     types = np.full((len(pairs), 1), BondType.SINGLE)
-    return np.concatenate([pairs, types], axis=1).astype(np.uint8), Agreement.SMILES_UNUSABLE
+    return np.concatenate([pairs, types], axis=1).astype(np.uint16), Agreement.SMILES_UNUSABLE
 
 
 @functools.cache

@@ -3,13 +3,13 @@
 import numpy as np
 
 from data_pipelines.bonds import BondType
-from data_pipelines.errors import UserError, suggest
+from data_pipelines.errors import check_known
 
 EDGE_KINDS = ("bonds", "cutoff", "complete")
 
 
 def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of every molecule: `(offset [G + 1] int64, rows [sum, 3] uint8)`.
+    """Edges of every molecule: `(offset [G + 1] int64, rows [sum, 3] uint16)`.
 
     A row is (sender, receiver, BondType) with sender < receiver; each pair stands once.
 
@@ -18,11 +18,7 @@ def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.nda
       kind: `bonds`; `cutoff` (all pairs closer than `cutoff`, and all bonds); or `complete`.
       cutoff: angstrom, for `cutoff`.
     """
-    if kind not in EDGE_KINDS:
-        raise UserError(
-            f"Unknown config.data.edges {kind!r}.{suggest(kind, EDGE_KINDS)} "
-            f"Known: {', '.join(EDGE_KINDS)}."
-        )
+    check_known("config.data.edges", kind, EDGE_KINDS)
     if kind == "bonds":
         return molecules.bond_offset, molecules.bonds
     num_nodes_G = np.diff(molecules.node_offset)
@@ -31,7 +27,7 @@ def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.nda
     for n in np.unique(num_nodes_G):
         members_g = np.flatnonzero(num_nodes_G == n)
         sender_P, receiver_P = np.triu_indices(n, 1)
-        type_gxP = np.zeros((len(members_g), len(sender_P)), np.uint8)
+        type_gxP = np.zeros((len(members_g), len(sender_P)), np.uint16)
         of_member = num_nodes_G[graph_of_bond] == n
         bonds = molecules.bonds[of_member].astype(np.int64)
         pair_number = np.zeros((n, n), np.int64)
@@ -49,7 +45,7 @@ def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.nda
             keep_gxP = (square_gxP < cutoff**2) | (type_gxP != BondType.NONE)
         g, p = np.nonzero(keep_gxP)
         graphs.append(members_g[g])
-        rows.append(np.stack([sender_P[p], receiver_P[p], type_gxP[g, p]], 1).astype(np.uint8))
+        rows.append(np.stack([sender_P[p], receiver_P[p], type_gxP[g, p]], 1).astype(np.uint16))
     graph_E = np.concatenate(graphs)
     order = np.argsort(graph_E, kind="stable")
     counts = np.bincount(graph_E, minlength=len(num_nodes_G))

@@ -14,3 +14,11 @@ def suggest(name: str, known) -> str:
     lowered = {str(k).lower(): str(k) for k in known}
     close = difflib.get_close_matches(str(name).lower(), lowered, n=1)
     return f" Did you mean {lowered[close[0]]!r}?" if close else ""
+
+
+def check_known(what: str, value, known) -> None:
+    """Refuses a name that is not among `known`; `what` says where it was given."""
+    if value not in known:
+        raise UserError(
+            f"Unknown {what} {value!r}.{suggest(value, known)} Known: {', '.join(map(str, known))}."
+        )

@@ -7,8 +7,8 @@ Letters in names such as `x_NxD`, everywhere in the project:
     E  edges of a graph, padded   K  radial basis functions
     G  graphs of a data set       T  targets
 
-Particles of an N-body system are nodes too: "atoms" of number 1 that also have a velocity
-and a charge. Molecules have neither (`None`), and their targets belong to the graph.
+Particles are nodes too: "atoms" of number 1 that also have a velocity and a charge. Molecules
+have neither (`None`).
 
 Invariant: slots past a graph's own nodes and edges are masked, and whatever they hold
 (zeros or junk) changes no output, loss or gradient bit.
@@ -17,6 +17,7 @@ Invariant: slots past a graph's own nodes and edges are masked, and whatever the
 from typing import Any
 
 import flax.struct
+import jax.numpy as jnp
 
 Array = Any  # numpy on the host, jax inside a step
 
@@ -25,7 +26,7 @@ Array = Any  # numpy on the host, jax inside a step
 class Graph:
     """One padded graph; a batch has the same fields with a leading axis B.
 
-    Every pair of atoms that forms an edge is stored once, with `senders < receivers`.
+    Every pair of nodes that forms an edge is stored once, with `senders < receivers`.
     Bond types and lengths are the same in both directions, and a softmax over keys that
     all appear twice equals the softmax over single ones: mirrored edges would double the
     work, quadruple edge attention, and change nothing. A model whose messages differ by
@@ -39,11 +40,13 @@ class Graph:
       receivers: [E] int32, index of its second atom.
       edge_type: [E] int32, a `BondType` (0: no chemical bond).
       edge_mask: [E] bool, true for real edges.
-      target: [T] float, standardised; or [N, 3], the positions that the nodes move to.
       graph_mask: [] bool, false for a graph that only fills up a batch.
-      index: [] int32, the molecule's published number; 0 in padding.
+      index: [] int32, the graph's published number; 0 in padding.
       velocity: [N, 3] float, or None.
       charge: [N] float, or None.
+      labels: name of a target -> [], [N] or [N, 3] float, as a model predicts it; no model
+        looks at them.
+      label_mask: name of a target -> [] or [N] bool, true where there is a label.
     """
 
     position: Array
@@ -53,17 +56,16 @@ class Graph:
     receivers: Array
     edge_type: Array
     edge_mask: Array
-    target: Array
     graph_mask: Array
     index: Array
     velocity: Array | None = None
     charge: Array | None = None
+    labels: dict[str, Array] = flax.struct.field(default_factory=dict)
+    label_mask: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 def without_padding_values(graph: Graph) -> Graph:
     """One graph with zeros in every padded slot, so that junk (even nan) cannot spread."""
-    import jax.numpy as jnp
-
     node, edge = graph.node_mask, graph.edge_mask
     rows = lambda x: None if x is None else jnp.where(node[:, None], x, 0)
     return graph.replace(

@@ -1,10 +1,7 @@
-"""Charged particles and springs: the N-body tasks, simulated here in float64.
+"""The simulator: charged particles and springs, in float64, as the official generator runs it.
 
-Several tasks in the literature share the name "N-body"; they differ in horizon, generator
-and size, and their errors must never share a column. Each is one row of `PROTOCOLS`.
-
-The simulator is that of Kipf et al. (2018), as EGNN (Satorras et al. 2021) and the seed use
-it: semi-implicit Euler with dt = 0.001, unit masses and unit interaction strength,
+That of Kipf et al. (2018), as EGNN (Satorras et al. 2021) and the DEMETAr post use it:
+semi-implicit Euler with dt = 0.001, unit masses and unit interaction strength,
 
     charged:  F_i = sum_j q_i q_j (x_i - x_j) / |x_i - x_j|^3
     springs:  F_i = -0.1 sum_j s_ij (x_i - x_j)
@@ -14,239 +11,24 @@ position, half a step behind it. Units are the simulator's own.
 """
 
 import concurrent.futures
-import dataclasses
-import hashlib
-import json
-import pathlib
 
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.errors import UserError, suggest
-from data_pipelines.prepared import default_cache_dir, prepare, write
-from data_pipelines.splits import PARTS
+from data_pipelines.nbody.protocols import DT, SAMPLE_EVERY, Protocol
 
-_PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
-DT = 0.001
 _MAX_FORCE = 0.1 / DT
 _SPEED = 0.5  # of every particle at the start
 _SPRING_STRENGTH = 0.1
-_SAMPLE_EVERY = 100  # steps between the frames of the official files
-INTERACTIONS = ("charged", "springs")
 
 
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """One N-body task.
-
-    Attributes:
-      seed: of NumPy's legacy generator.
-      draws: how many systems are drawn for train, validation and test, in this order.
-      uses: how many of each, from the first, are kept.
-      input_step: simulator step of the input frame.
-      horizon_steps: from input to target.
-      length: steps of the simulation in the official files; decides how many random numbers
-        a system draws.
-      num_particles: N.
-      interaction: `charged` or `springs`.
-      box: half the side of a cube with reflecting walls; 0: none.
-      about: where it comes from; words for a person, no part of its identity.
-    """
-
-    seed: int
-    draws: tuple[int, int, int]
-    uses: tuple[int, int, int]
-    input_step: int
-    horizon_steps: int
-    length: int
-    num_particles: int = 5
-    interaction: str = "charged"
-    box: float = 0.0
-    about: str = dataclasses.field(default="", compare=False)
-
-    @property
-    def identity(self) -> dict:
-        """What decides the numbers, as JSON."""
-        fields = dataclasses.asdict(self)
-        return json.loads(json.dumps({key: fields[key] for key in fields if key != "about"}))
-
-    @property
-    def horizon(self) -> float:
-        """From input to target, in the simulator's time."""
-        return self.horizon_steps * DT
-
-
-PROTOCOLS = {
-    "egnn": Protocol(
-        seed=43,
-        draws=(10_000, 2_000, 2_000),
-        uses=(3_000, 2_000, 2_000),
-        input_step=3_100,  # frame 30; the target is frame 40
-        horizon_steps=1_000,
-        length=5_000,
-        about="EGNN's nbody_small, first 3000 training systems, frames 30 to 40",
-    ),
-    "blog": Protocol(
-        seed=42,
-        draws=(3_000, 2_000, 2_000),
-        uses=(3_000, 2_000, 2_000),
-        input_step=700,  # frame 6; the target is frame 8
-        horizon_steps=200,
-        length=1_000,
-        about="the seed's task, frames 6 to 8; its own draws cannot be repeated: regenerated",
-    ),
-    "fuchs": Protocol(
-        seed=42,
-        draws=(5_000, 1_000, 1_000),
-        uses=(5_000, 1_000, 1_000),
-        input_step=3_100,
-        horizon_steps=500,
-        length=5_000,
-        box=5.0,
-        about="SE(3)-Transformer's sizes and horizon; its data were never released: regenerated "
-        "with the walls of its public generator, frames 30 to 35; positions only",
-    ),
-}
-GENERAL = "general"  # the protocol whose fields the config names itself
-
-
-def general_protocol(
-    *,
-    num_particles: int,
-    interaction: str,
-    horizon_steps: int,
-    num_train: int,
-    num_validation: int,
-    num_test: int,
-    seed: int,
-) -> Protocol:
-    """A task of one's own: the input is the state after 100 steps."""
-    if not 2 <= num_particles <= 255:
-        raise UserError(
-            f"config.data.general.num_particles ({num_particles}) must be from 2 to 255."
-        )
-    if interaction not in INTERACTIONS:
-        raise UserError(
-            f"Unknown config.data.general.interaction {interaction!r}."
-            f"{suggest(interaction, INTERACTIONS)} Known: {', '.join(INTERACTIONS)}."
-        )
-    sizes = (num_train, num_validation, num_test)
-    if min(sizes) < 1 or horizon_steps < 1:
-        raise UserError(
-            f"config.data.general asks for {sizes} systems and {horizon_steps} steps: every "
-            "number must be at least 1."
-        )
-    return Protocol(
-        seed=seed,
-        draws=sizes,
-        uses=sizes,
-        input_step=_SAMPLE_EVERY,
-        horizon_steps=horizon_steps,
-        length=_SAMPLE_EVERY + horizon_steps,
-        num_particles=num_particles,
-        interaction=interaction,
-        about="general: by config",
-    )
-
-
-def get_protocol(name: str, general: dict) -> Protocol:
-    """The row of `PROTOCOLS`, or for `general` the one that its own options describe."""
-    if name == GENERAL:
-        return general_protocol(**general)
-    if name not in PROTOCOLS:
-        known = (*PROTOCOLS, GENERAL)
-        raise UserError(
-            f"Unknown config.data.protocol {name!r}.{suggest(name, known)} "
-            f"Known: {', '.join(known)}."
-        )
-    return PROTOCOLS[name]
-
-
-@dataclasses.dataclass(frozen=True)
-class SystemArrays:
-    """All systems of a task, train, validation and test one after the other.
-
-    Attributes:
-      position: [G, N, 3] float64, at the input.
-      velocity: [G, N, 3] float64, at the input.
-      charge: [G, N] float64, +1 or -1; 1 where springs act.
-      target: [G, N, 3] float64, positions at the target.
-      coupling: [G, pairs] float64, q_i q_j or whether a spring joins i and j; pairs in the
-        order of `np.triu_indices(N, 1)`.
-    """
-
-    position: np.ndarray
-    velocity: np.ndarray
-    charge: np.ndarray
-    target: np.ndarray
-    coupling: np.ndarray
-
-
-def load(protocol: Protocol, cache_dir: str = "") -> tuple[SystemArrays, dict]:
-    """The simulated systems and their passport, simulating them first where needed."""
-    text = f"{_PREPARATION_VERSION}:{json.dumps(protocol.identity)}"
-    key = hashlib.sha256(text.encode()).hexdigest()[:12]
-    folder = pathlib.Path(cache_dir or default_cache_dir()) / "nbody" / key
-    arrays, passport = prepare(folder, lambda building: _build(protocol, building), "100 MB")
-    return SystemArrays(**arrays), passport
-
-
-def split_of(protocol: Protocol) -> dict[str, np.ndarray]:
-    """Positions of the systems of each part."""
-    ends = np.cumsum(protocol.uses)
-    return {
-        part: np.arange(end - used, end)
-        for part, end, used in zip(PARTS, ends, protocol.uses, strict=True)
-    }
-
-
-# --- preparing ---------------------------------------------------------------------------------
-
-
-def _build(protocol: Protocol, folder: pathlib.Path) -> None:
-    start = _draw_all(protocol)
-    position, velocity, target = simulate(
-        start["position"],
-        start["velocity"],
-        start["coupling"],
-        protocol.input_step,
-        protocol.horizon_steps,
-        protocol.interaction,
-        protocol.box,
-    )
-    arrays = {
-        "position": position,
-        "velocity": velocity,
-        "charge": start["charge"],
-        "target": target,
-        "coupling": start["coupling"],
-    }
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"The simulation gave a {name} that is not finite: {protocol}.")
-    digest = hashlib.sha256()
-    for name in ("position", "velocity", "charge", "target"):
-        # Rounded: sums in another order differ in the last bits. (Systems whose encounters
-        # amplify those differ all the same, and then the data are others: see `_run`.)
-        digest.update(np.round(arrays[name], 3).astype("<f4").tobytes())
-    passport = {
-        "dataset": "nbody",
-        "preparation_version": _PREPARATION_VERSION,
-        "protocol": protocol.identity,
-        "systems": dict(zip(PARTS, protocol.uses, strict=True)),
-        "units": "of the simulator: unit mass, unit interaction strength",
-        "content_sha256": digest.hexdigest(),
-    }
-    write(folder, arrays, passport)
-
-
-def _draw_all(protocol: Protocol) -> dict[str, np.ndarray]:
+def draw_all(protocol: Protocol) -> dict[str, np.ndarray]:
     """Initial states of the systems used, drawing also those that are not."""
     rng = np.random.RandomState(protocol.seed)
     kept = []
     for drawn, used in zip(protocol.draws, protocol.uses, strict=True):
         for number in range(drawn):
-            system = _draw(rng, protocol)
+            system = draw(rng, protocol)
             if number < used:
                 kept.append(system)
     names = ("charge", "position", "velocity", "coupling")
@@ -255,7 +37,7 @@ def _draw_all(protocol: Protocol) -> dict[str, np.ndarray]:
     }
 
 
-def _draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, ...]:
+def draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, ...]:
     """One system, with the draws of the official generator in its order."""
     n = protocol.num_particles
     i, j = np.triu_indices(n, 1)
@@ -272,7 +54,7 @@ def _draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, .
     # The official generator has walls at 5 for the initial state alone.
     _reflect(position_3xN, velocity_3xN, 5.0 * size)
     # Observation noise of strength 0, which the official generator draws all the same.
-    frames = protocol.length // _SAMPLE_EVERY - 1
+    frames = protocol.length // SAMPLE_EVERY - 1
     rng.randn(2 * frames * 3 * n)
     return charge, position_3xN.T, velocity_3xN.T, coupling
 

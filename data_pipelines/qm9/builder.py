@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from data_pipelines.bonds import Agreement, find_bonds
-from data_pipelines.targets import TARGET_NAMES
+from data_pipelines.qm9.properties import COLUMNS
 
 
 class Qm9(tfds.core.GeneratorBasedBuilder):
@@ -38,10 +38,8 @@ class Qm9(tfds.core.GeneratorBasedBuilder):
                     "index": tensor(shape=(), dtype=np.int64),
                     "atomic_number": tensor(shape=(None,), dtype=np.uint8, encoding=exact),
                     "position": tensor(shape=(None, 3), dtype=np.float32, encoding=exact),
-                    "bonds": tensor(shape=(None, 3), dtype=np.uint8, encoding=exact),
-                    "properties": tensor(
-                        shape=(len(TARGET_NAMES),), dtype=np.float64, encoding=exact
-                    ),
+                    "bonds": tensor(shape=(None, 3), dtype=np.uint16, encoding=exact),
+                    "properties": tensor(shape=(len(COLUMNS),), dtype=np.float64, encoding=exact),
                     "smiles": tfds.features.Text(),
                 }
             ),

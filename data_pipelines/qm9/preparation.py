@@ -15,13 +15,14 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.errors import UserError, suggest
+from data_pipelines.elements import check_elements
+from data_pipelines.errors import UserError, check_known
 from data_pipelines.prepared import default_cache_dir, prepare, write
+from data_pipelines.qm9.properties import ELEMENTS, PROPERTIES
 from data_pipelines.qm9.sources import NUM_CHARACTERIZED, SOURCES, characterized_indices
-from data_pipelines.splits import SPLIT_NAMES, get_split, split_hash
-from data_pipelines.targets import ELEMENTS, TARGETS
+from data_pipelines.qm9.splits import SPLIT_NAMES, get_split, split_hash
 
-_PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
+_PREPARATION_VERSION = 2  # raise it when prepared folders of before must not be used
 SAMPLE_FILE = pathlib.Path(__file__).parent / "sample.xyz.tar.bz2"
 # What a float32-rounded, complete QM9 from qm9pack 1.0.x hashes to; see `_content_hash`.
 _KNOWN_CONTENT = {"qm9pack": "e66e84f487dcf3a9ec66e87c2cb3c1e76f28af2c53fa09edf60047fb6790168e"}
@@ -37,8 +38,8 @@ class MoleculeArrays:
       atomic_number: [atoms] uint8.
       position: [atoms, 3] float32, angstrom.
       bond_offset: [G + 1] int64.
-      bonds: [bonds, 3] uint8, rows (i, j, BondType) with i < j inside the molecule.
-      properties: [G, 15] float64 in the order of `TARGET_NAMES`, source units.
+      bonds: [bonds, 3] uint16, rows (i, j, BondType) with i < j inside the molecule.
+      properties: [G, 15] float64 in the order of `COLUMNS`, source units.
     """
 
     index: np.ndarray
@@ -50,10 +51,10 @@ class MoleculeArrays:
     properties: np.ndarray
 
     def composition(self) -> np.ndarray:
-        """How many H, C, N, O, F each molecule has: [G, 5] int64."""
+        """How many atoms of each of `ELEMENTS` each molecule has: [G, 5] int64."""
         starts = self.node_offset[:-1]
         return np.stack(
-            [np.add.reduceat(self.atomic_number == z, starts) for z in ELEMENTS.values()], axis=1
+            [np.add.reduceat(self.atomic_number == z, starts) for z in ELEMENTS], axis=1
         ).astype(np.int64)
 
 
@@ -67,12 +68,7 @@ def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArra
     """
     if source == "sample":
         source, path = "raw", str(SAMPLE_FILE)
-    if source not in SOURCES:
-        known = (*SOURCES, "sample")
-        raise UserError(
-            f"Unknown config.data.source {source!r}.{suggest(source, known)} "
-            f"Known: {', '.join(known)}."
-        )
+    check_known("config.data.source", source, (*SOURCES, "sample"))
     root = pathlib.Path(cache_dir or default_cache_dir()) / "qm9"
     folder = root / f"{source}-{_source_key(source, path)}"
     arrays, passport = prepare(folder, lambda building: _build(source, path, building), "500 MB")
@@ -145,10 +141,7 @@ def _check(molecule) -> None:
                 f"Molecule {index} has a {name} that is not a finite number: {values.tolist()}. "
                 "Repair or remove it in the source."
             )
-    if len(molecule.atomic_numbers) > 255:
-        raise UserError(
-            f"Molecule {index} has {len(molecule.atomic_numbers)} atoms; at most 255 are possible."
-        )
+    check_elements(molecule.atomic_numbers, ELEMENTS, index, "qm9")
 
 
 def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.ndarray]:
@@ -200,7 +193,7 @@ def _passport(molecules: MoleculeArrays, source: str, agreement: list[int]) -> d
             "heavy_graph_differs": agreement[1],
             "smiles_unusable": agreement[2],
         },
-        "units": {"position": "angstrom"} | {t.name: t.source_unit for t in TARGETS.values()},
+        "units": {"position": "angstrom"} | {p.column: p.source_unit for p in PROPERTIES.values()},
         "ids_sha256": hashlib.sha256(index.astype("<i8").tobytes()).hexdigest(),
         "content_sha256": content,
         "bonds_sha256": hashlib.sha256(molecules.bonds.tobytes()).hexdigest(),

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from data_pipelines.elements import atomic_number
 from data_pipelines.errors import UserError
-from data_pipelines.targets import ELEMENTS, TARGET_NAMES, atom_reference_sum
+from data_pipelines.qm9.properties import COLUMNS, ELEMENTS, atom_reference_sum
 
 NUM_PUBLISHED = 133_885
 NUM_CHARACTERIZED = 130_831
@@ -32,7 +33,7 @@ class Molecule:
       atomic_numbers: [n] uint8.
       positions: [n, 3] float64, angstrom.
       smiles: the GDB-9 SMILES; its heavy atoms stand in file order.
-      properties: [15] float64 in the order of `TARGET_NAMES`, source units.
+      properties: [15] float64 in the order of `COLUMNS`, source units.
     """
 
     index: int
@@ -54,7 +55,7 @@ def characterized_indices() -> np.ndarray:
 
 # --- qm9pack: the PyPI package, so that a fresh machine needs no download site -----------------
 
-# Columns of its CSV files in the order of TARGET_NAMES.
+# Columns of its CSV files in the order of COLUMNS.
 _QM9PACK_COLUMNS = (
     "RotA_GHz",
     "RotB_GHz",
@@ -101,6 +102,8 @@ def read_qm9pack(path: str = "") -> Iterator[Molecule]:
             for row in rows:
                 try:
                     yield _qm9pack_molecule(row)
+                except UserError as error:
+                    raise UserError(f"{file}, line {rows.line_num}: {error}") from error
                 except (ValueError, KeyError, TypeError) as error:
                     raise UserError(
                         f"{file}, line {rows.line_num}: not a molecule of qm9pack ({error!r}). "
@@ -115,7 +118,7 @@ def _qm9pack_molecule(row: dict[str, str]) -> Molecule:
     positions = np.array([float(x) for x in numbers]).reshape(len(elements), 3)
     return Molecule(
         index=int(row["Index"]),
-        atomic_numbers=np.array([ELEMENTS[e.strip()] for e in elements], np.uint8),
+        atomic_numbers=np.array([atomic_number(e.strip()) for e in elements], np.uint8),
         positions=positions,
         smiles=row["SMILES"],
         properties=np.array([float(row[name]) for name in _QM9PACK_COLUMNS]),
@@ -139,15 +142,17 @@ def parse_raw_xyz(text: str, name: str) -> Molecule:
             raise ValueError(f"{num_atoms} atoms need {num_atoms + 5} lines, found {len(lines)}")
         properties = lines[1].split()
         atoms = [line.split() for line in lines[2 : 2 + num_atoms]]
-        if len(properties) != 2 + len(TARGET_NAMES):
-            raise ValueError(f"line 2 has {len(properties)} columns, not {2 + len(TARGET_NAMES)}")
+        if len(properties) != 2 + len(COLUMNS):
+            raise ValueError(f"line 2 has {len(properties)} columns, not {2 + len(COLUMNS)}")
         return Molecule(
             index=int(properties[1]),
-            atomic_numbers=np.array([ELEMENTS[a[0]] for a in atoms], np.uint8),
+            atomic_numbers=np.array([atomic_number(a[0]) for a in atoms], np.uint8),
             positions=np.array([[_number(x) for x in a[1:4]] for a in atoms]),
             smiles=lines[num_atoms + 3].split()[0],
             properties=np.array([_number(x) for x in properties[2:]]),
         )
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(
             f"{name}: not a QM9 xyz file ({error!r}). It is truncated or altered; fetch it again."
@@ -226,13 +231,13 @@ def read_tfds(path: str) -> Iterator[Molecule]:
 def _tfds_molecule(record: dict) -> Molecule:
     num_atoms = int(record["num_atoms"])
     atomic_numbers = np.asarray(record["charges"][:num_atoms], np.uint8)
-    composition_1x5 = np.array([[np.sum(atomic_numbers == z) for z in ELEMENTS.values()]])
-    properties = np.array([np.float64(record[name]) for name in TARGET_NAMES])
+    composition_1xZ = np.array([[np.sum(atomic_numbers == z) for z in ELEMENTS]])
+    properties = np.array([np.float64(record[name]) for name in COLUMNS])
     for name in ("U0", "U", "H", "G"):
         total = np.float64(record[f"{name}_atomization"]) + atom_reference_sum(
-            name, composition_1x5
+            name, composition_1xZ
         )
-        properties[TARGET_NAMES.index(name)] = total[0]
+        properties[COLUMNS.index(name)] = total[0]
     smiles = record["SMILES"]
     return Molecule(
         index=int(record["index"]),

@@ -1,18 +1,22 @@
 """The registry of models: a name in `config.model.name` -> a class for one graph."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from data_pipelines.errors import UserError, suggest
+from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.graph import Array, Graph
+from data_pipelines.targets import READOUTS, Target
+from demetar.models.base import GraphModel
 from demetar.models.baselines import DeepSet, Linear, SetTransformer
-from demetar.models.demetar import EQUIVARIANCES, Demetar
+from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
 
-MODELS = {
+MODELS: dict[str, type[GraphModel]] = {
     "demetar": Demetar,
     "demetar_e3": DemetarE3,
     "egnn": Egnn,
@@ -20,86 +24,81 @@ MODELS = {
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,
 }
+DTYPES = ("float32", "bfloat16", "float64")
 
-_CHOICES = {
-    "equivariance": EQUIVARIANCES,
-    "attention": ("all", "edges"),
-    "edge_attention": ("full", "shared_node", "none"),
-    "scaling": ("standard", "blog"),
-    "dtype": ("float32", "bfloat16", "float64"),
-}
-READOUTS = ("cls", "sum", "mean", "position")
+
+def option_defaults(name: str) -> dict[str, Any]:
+    """The options of a model in `config.model`, with their defaults; `dtype` as a name."""
+    check_known("config.model.name", name, MODELS)
+    options = {
+        field.name: field.default
+        for field in dataclasses.fields(MODELS[name])
+        if field.init and not _is_fact(field) and field.name not in ("parent", "name")
+    }
+    return {"readout": "auto"} | options | {"dtype": "float32"}
+
+
+def _is_fact(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def create_model(
+    *,
     name: str,
-    readout: str,
-    target_readouts: tuple[str, ...],
-    horizon: float | None = None,
+    targets: tuple[Target, ...],
+    facts: Mapping[str, Any],
+    readout: str = "auto",
+    dtype: str = "float32",
     **options,
-):
+) -> GraphModel:
     """The model of a config; wrong names and values are `UserError`s.
 
     Args:
       name: of `MODELS`.
-      readout: `auto` takes each target's own, else one of `READOUTS` for all.
-      target_readouts: of the targets, from their table.
-      horizon: of the data set, for models of positions.
-      **options: fields of the model; `dtype` as a name.
+      targets: of the data set.
+      facts: what else the data set knows: `elements` and its `model_facts`.
+      readout: `auto` takes each target's own, else one for all.
+      dtype: of `DTYPES`, of matrix products and activations.
+      **options: fields of the model.
     """
-    _check("name", name, MODELS)
-    _check("readout", readout, ("auto", *READOUTS))
+    defaults = option_defaults(name)
+    check_known("config.model.dtype", dtype, DTYPES)
+    for key in options:
+        if key not in defaults:
+            raise UserError(f"Model {name!r} has no option {key!r}.{suggest(key, defaults)}")
     model_class = MODELS[name]
-    fields = {field.name for field in dataclasses.fields(model_class)}
-    for key, value in options.items():
-        if key not in fields:
-            raise UserError(f"Model {name!r} has no option {key!r}.{suggest(key, fields)}")
-        if key in _CHOICES and not isinstance(value, bool):
-            _check(key, value, _CHOICES[key])
-    # EGNN's `attention` is a switch, DEMETAr's a name.
-    if options.get("attention") == "edges":
-        defaults = {field.name: field.default for field in dataclasses.fields(model_class)}
-        for key, value in {"edge_attention": "none", "environment": False}.items():
-            given = options.get(key, defaults[key])
-            if given != value:
-                raise UserError(
-                    "config.model.attention='edges' is for graphs too large for all pairs, but "
-                    f"config.model.{key} ({given!r}) looks at pairs: set it to {value!r}."
-                )
-    heads = options.get("num_heads", 1)
-    if options.get("width", heads) % heads:
-        raise UserError(
-            f"config.model.width ({options['width']}) must be a multiple of "
-            f"config.model.num_heads ({heads})."
-        )
-    readouts = target_readouts if readout == "auto" else (readout,) * len(target_readouts)
-    for wanted in readouts:
-        # A target of nodes has no graph read-out, nor the other way round.
-        if wanted not in model_class.READOUTS or ("position" in target_readouts) != (
-            wanted == "position"
-        ):
+    fields = [f.name for f in dataclasses.fields(model_class) if _is_fact(f)]
+    given = {"targets": _with_readouts(name, targets, readout), **facts}
+    if missing := [field for field in fields if field not in given]:
+        raise UserError(f"Model {name!r} needs {missing[0]}, which these data do not give.")
+    own_facts = {field: given[field] for field in fields}
+    model = model_class(**own_facts, **options, dtype=jnp.dtype(dtype))
+    model.check()
+    return model
+
+
+def _with_readouts(name: str, targets: tuple[Target, ...], readout: str) -> tuple[Target, ...]:
+    """The targets with the read-out that the model is to use for each."""
+    check_known("config.model.readout", readout, ("auto", *READOUTS))
+    chosen = []
+    for target in targets:
+        wanted = target.readout if readout == "auto" else readout
+        known = MODELS[name].READOUTS
+        if wanted not in known or READOUTS[wanted] != READOUTS[target.readout]:
             raise UserError(
-                f"Model {name!r} (read-outs: {', '.join(model_class.READOUTS)}) cannot give "
-                f"read-out {wanted!r} for these data (their own: {', '.join(target_readouts)})."
+                f"Model {name!r} (read-outs: {', '.join(known)}) cannot give read-out {wanted!r} "
+                f"for target {target.name!r}, whose own is {target.readout!r}."
             )
-    if "horizon" in fields:
-        options["horizon"] = horizon
-    return model_class(readouts=readouts, **options | {"dtype": jnp.dtype(options["dtype"])})
+        chosen.append(dataclasses.replace(target, readout=wanted))
+    return tuple(chosen)
 
 
-def _check(key: str, value, known) -> None:
-    if value not in known:
-        raise UserError(
-            f"Unknown config.model.{key} {value!r}.{suggest(value, known)} "
-            f"Known: {', '.join(known)}."
-        )
-
-
-def apply_one(model, params, graph: Graph, **options) -> Array:
-    """The output for one graph, outside any batch: `[T]` or `[N, 3]`.
+def apply_one(model: GraphModel, params, graph: Graph, **options) -> dict[str, Array]:
+    """The predictions for one graph, outside any batch.
 
     The same as `model.apply`, and differentiable: dense layers join the rows of a batch,
-    and that is defined inside a vmap only (see `layers.Dense`).
+    and that is defined inside a vmap only (see `ops.matmul`).
     """
     predict = lambda graph: model.apply({"params": params}, graph, **options)
-    return jax.vmap(predict)(jax.tree.map(lambda x: jnp.asarray(x)[None], graph))[0]
+    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], graph)
+    return jax.tree.map(lambda x: x[0], jax.vmap(predict)(batch))

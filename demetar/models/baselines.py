@@ -1,4 +1,4 @@
-"""Small baselines for positions: those of the seed's tables that are no graph network."""
+"""Small baselines for positions: those of the DEMETAr post's tables that are no graph network."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
-from demetar.models.layers import SYMMETRIES, Block, Dense, Mlp, layer_norm, mask_bias
+from demetar.models.base import SYMMETRIES, GraphModel
+from demetar.models.layers import Block, Dense, Mlp, layer_norm, mask_bias
 
 
 def _features(graph: Graph, dtype) -> Array:
@@ -17,39 +18,37 @@ def _features(graph: Graph, dtype) -> Array:
     return jnp.where(mask, jnp.concatenate(columns, axis=-1), 0).astype(dtype)
 
 
-class Linear(nn.Module):
+class Linear(GraphModel):
     """x + c v with one learned number, which starts at the horizon (EGNN's baseline)."""
 
     READOUTS: ClassVar = ("position",)
-    symmetries: ClassVar = SYMMETRIES
 
-    readouts: tuple[str, ...]
     horizon: float
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
-        """One graph -> [N, 3]."""
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
+        """One graph -> positions after the horizon, [N, 3]."""
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
         time = self.param("time", nn.initializers.constant(self.horizon), ())
-        return graph.position + time.astype(self.dtype) * graph.velocity
+        moved_Nx3 = graph.position + time.astype(self.dtype) * graph.velocity
+        return {self.position: moved_Nx3}
 
 
-class DeepSet(nn.Module):
+class DeepSet(GraphModel):
     """Each layer rho(x_i, mean_j x_j) (Zaheer et al. 2017); not rotation equivariant."""
 
     READOUTS: ClassVar = ("position",)
     symmetries: ClassVar = SYMMETRIES - {"rotation", "reflection"}
 
-    readouts: tuple[str, ...]
     width: int = 128
     num_layers: int = 3
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
-        """One graph -> [N, 3]."""
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
+        """One graph -> positions after the horizon, [N, 3]."""
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
         mask = graph.node_mask[:, None]
@@ -59,24 +58,23 @@ class DeepSet(nn.Module):
             both = jnp.concatenate([x_NxD, jnp.broadcast_to(mean_D, x_NxD.shape)], axis=-1)
             x_NxD = x_NxD + Mlp(self.width, self.width, self.dtype, name=f"layer_{number}")(both)
         moved = Dense(3, dtype=self.dtype, name="output")(nn.silu(x_NxD))
-        return jnp.where(mask, graph.position + moved, 0)
+        return {self.position: jnp.where(mask, graph.position + moved, 0)}
 
 
-class SetTransformer(nn.Module):
+class SetTransformer(GraphModel):
     """Self-attention over the particles (Lee et al. 2019); not rotation equivariant."""
 
     READOUTS: ClassVar = ("position",)
     symmetries: ClassVar = SYMMETRIES - {"rotation", "reflection"}
 
-    readouts: tuple[str, ...]
     width: int = 64
     num_heads: int = 4
     num_layers: int = 3
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
-        """One graph -> [N, 3]."""
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
+        """One graph -> positions after the horizon, [N, 3]."""
         graph = without_padding_values(graph)
         mask_N = graph.node_mask
         x_NxD = Dense(self.width, dtype=self.dtype, name="input")(_features(graph, self.dtype))
@@ -84,4 +82,4 @@ class SetTransformer(nn.Module):
             block = Block(self.num_heads, mlp_ratio=2, dtype=self.dtype, name=f"layer_{number}")
             x_NxD = block(x_NxD, mask_bias(mask_N)[None, None], deterministic)
         moved = Dense(3, dtype=self.dtype, name="output")(layer_norm(x_NxD))
-        return jnp.where(mask_N[:, None], graph.position + moved, 0)
+        return {self.position: jnp.where(mask_N[:, None], graph.position + moved, 0)}

@@ -1,7 +1,7 @@
 """DEMETAr: two encoders, one over atoms and one over edges, joined by attention.
 
-The seed's architecture (its Figure 1 and Equations 9 to 11), for graph-level targets and for
-positions of particles:
+The architecture of the DEMETAr post (its Figure 1 and Equations 9 to 11), for targets of graphs and
+for positions of particles:
 
     edge tokens --p layers--> cross-attention: atoms query their own edges (Eq. 9)   Z_e
     [CLS] and node tokens --r layers------------------------------------------ (Eq. 10) Z_n
@@ -23,11 +23,13 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
+from data_pipelines.bonds import BondType
+from data_pipelines.elements import atomic_weights
+from data_pipelines.errors import UserError
 from data_pipelines.graph import Graph, without_padding_values
+from demetar.models.base import SYMMETRIES, GraphModel
 from demetar.models.layers import (
-    SYMMETRIES,
     Array,
     Attention,
     Block,
@@ -39,28 +41,20 @@ from demetar.models.layers import (
     layer_norm,
     mask_bias,
     safe_norm,
-    select_rows,
 )
-
-EQUIVARIANCES = ("none", "translation", "com", "velocity")
-NUM_EDGE_TYPES = 5  # BondType: none, single, double, triple, aromatic
-MAX_ATOMIC_NUMBER = 9  # H to F
-_ELEMENTS = (1, 6, 7, 8, 9)  # of QM9
-# Standard atomic weights by atomic number; 0 for padding and for elements not in QM9.
-_MASSES = np.zeros(MAX_ATOMIC_NUMBER + 1)
-_MASSES[[1, 6, 7, 8, 9]] = 1.008, 12.011, 14.007, 15.999, 18.998
+from demetar.models.ops import select_rows
 
 
-class Demetar(nn.Module):
-    """Predicts T graph targets (standardised), or positions, from one padded graph.
+class Demetar(GraphModel):
+    """Predicts targets of the graph, of its nodes, or positions, from one padded graph.
 
     Attributes:
-      readouts: one of `cls`, `sum`, `mean` for each target; or `("position",)`.
-      equivariance: how positions are read out, see above; graph targets ignore it.
+      elements: atomic numbers of the data.
+      equivariance: how positions are read out, see above; other targets ignore it.
       width: D.
       num_heads: H; divides `width`.
       edge_layers: p, transformer layers over edge tokens; 0: edge embeddings alone.
-      cross_attention: False leaves the edges out (the seed's "node only").
+      cross_attention: False leaves the edges out (the post's "node only").
       node_layers: r, over node tokens.
       joint_layers: h, over the sum of both.
       mlp_ratio: hidden width of the MLPs over D.
@@ -71,20 +65,26 @@ class Demetar(nn.Module):
       edge_attention: `full`, every edge attends to every edge (for bonds); `shared_node`, to
         those it shares an atom with (for many edges: all pairs of 29 atoms); or `none`, edge
         layers are MLPs (with `attention="edges"`).
-      edge_atoms: edge tokens also see the two atom types. The seed: False.
+      edge_atoms: edge tokens also see the two atom types. The post: False.
       pair_bias: distances between all atoms bias the logits of node and joint attention, per
-        layer and head. The seed: False, geometry enters through edges alone.
+        layer and head. The post: False, geometry enters through edges alone.
       environment: tokens of atoms, and of edges by their midpoint, also see how many atoms of
-        each element are how far away. The seed: False.
+        each element are how far away. The post: False.
       scaling: of attention, `standard` or `blog`; see `layers.Attention`.
       dropout: rate on residual branches.
       remat: transformer layers are computed again in the backward pass instead of being kept.
       dtype: of matrix products and activations; parameters stay float32.
     """
 
-    READOUTS: ClassVar = ("cls", "sum", "mean", "position")
+    READOUTS: ClassVar = ("cls", "sum", "mean", "node", "position")
+    CHOICES: ClassVar = {
+        "equivariance": ("none", "translation", "com", "velocity"),
+        "attention": ("all", "edges"),
+        "edge_attention": ("full", "shared_node", "none"),
+        "scaling": ("standard", "blog"),
+    }
 
-    readouts: tuple[str, ...]
+    elements: tuple[int, ...]
     equivariance: str = "velocity"
     cross_attention: bool = True
     width: int = 128
@@ -108,16 +108,26 @@ class Demetar(nn.Module):
     @property
     def symmetries(self) -> frozenset[str]:
         """Those that the output has, with positions turning and shifting as the input does."""
-        if self.readouts != ("position",) or self.equivariance in ("com", "velocity"):
+        if self.position is None or self.equivariance in ("com", "velocity"):
             return SYMMETRIES
         lost = {"rotation", "reflection"} | (
             {"translation"} if self.equivariance == "none" else set()
         )
         return SYMMETRIES - lost
 
+    def check(self) -> None:
+        super().check()
+        if self.attention == "edges":
+            for option, wanted in {"edge_attention": "none", "environment": False}.items():
+                if getattr(self, option) != wanted:
+                    raise UserError(
+                        "config.model.attention='edges' is for graphs too large for all pairs, but "
+                        f"config.model.{option} ({getattr(self, option)!r}) looks at pairs: set it "
+                        f"to {wanted!r}."
+                    )
+
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
-        """One graph -> [T] or [N, 3]. Dropout, if any, draws from the rng stream `dropout`."""
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
         graph = without_padding_values(graph)
         # Token 0 is [CLS], at no distance from anything: it sees every atom, and all see it.
         token_mask_N = jnp.pad(graph.node_mask, (1, 0), constant_values=True)
@@ -134,9 +144,7 @@ class Demetar(nn.Module):
             b = bias[self.node_layers + layer]
             x_NxD = self._block(f"joint_{layer}")(x_NxD, b, deterministic)
         x_NxD = layer_norm(x_NxD)
-        if self.readouts == ("position",):
-            return self._positions(graph, x_NxD[1:])
-        return self._read_out(x_NxD[0], x_NxD[1:], graph.node_mask)
+        return self._read_out(graph, x_NxD[0], x_NxD[1:])
 
     def _block(self, name: str) -> Block:
         block = nn.remat(Block, static_argnums=3) if self.remat else Block
@@ -182,7 +190,7 @@ class Demetar(nn.Module):
         A particle's charge and speed are node features too.
         """
         distance_N = safe_norm(graph.position - _centre_of_mass(graph))
-        atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="atom")
+        atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="atom")
         radial = Dense(self.width, dtype=self.dtype, name="distance_to_com")
         node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
         if self.environment:
@@ -201,10 +209,10 @@ class Demetar(nn.Module):
     def _environment(self, graph: Graph, point_Px3: Array, name: str) -> Array:
         """Of each point: the sum over the atoms of each element of the radial basis, `[P, D]`."""
         distance_NxP = safe_norm(graph.position[:, None] - point_Px3[None])
-        is_element_ZxN = graph.atomic_number == jnp.asarray(_ELEMENTS)[:, None]
+        is_element_ZxN = graph.atomic_number == jnp.asarray(self.elements)[:, None]
         radial_NxPK = self._radial(distance_NxP).reshape(len(distance_NxP), -1)
         sum_ZxPK = select_rows(is_element_ZxN.astype(self.dtype), radial_NxPK)
-        sum_ZxPxK = sum_ZxPK.reshape(len(_ELEMENTS), len(point_Px3), -1)
+        sum_ZxPxK = sum_ZxPK.reshape(len(self.elements), len(point_Px3), -1)
         sum_PxF = sum_ZxPxK.transpose(1, 0, 2).reshape(len(point_Px3), -1)
         return Dense(self.width, dtype=self.dtype, name=name)(sum_PxF)
 
@@ -212,7 +220,7 @@ class Demetar(nn.Module):
         """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
         s_E, r_E, mask_E = graph.senders, graph.receivers, graph.edge_mask
         distance_E = safe_norm(graph.position[s_E] - graph.position[r_E])
-        kind = Embed(NUM_EDGE_TYPES, self.width, dtype=self.dtype, name="bond")
+        kind = Embed(len(BondType), self.width, dtype=self.dtype, name="bond")
         radial = Dense(self.width, dtype=self.dtype, name="edge_length")
         edge_ExD = kind(graph.edge_type) + radial(self._radial(distance_E))
         if graph.velocity is not None:
@@ -227,7 +235,7 @@ class Demetar(nn.Module):
             edge_ExD += self._environment(graph, middle_Ex3, "edge_environment")
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
-            atom = Embed(MAX_ATOMIC_NUMBER + 1, self.width, dtype=self.dtype, name="edge_atom")
+            atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="edge_atom")
             edge_ExD += atom(graph.atomic_number[s_E]) + atom(graph.atomic_number[r_E])
         attend_ExE = None
         if self.edge_attention != "none":
@@ -248,9 +256,29 @@ class Demetar(nn.Module):
         enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), bias)
         return jnp.where(has_edge_N[:, None], enriched_NxD, 0)
 
-    def _positions(self, graph: Graph, node_NxD: Array) -> Array:
+    def _read_out(self, graph: Graph, cls_D: Array, node_NxD: Array) -> dict[str, Array]:
+        """Each target by its read-out: [CLS], sum or mean over nodes, each node, positions."""
+        mask_N = graph.node_mask
+        wide = jnp.promote_types(self.dtype, jnp.float32)  # a target has more than 8 bits
+        predictions = {}
+        for readout in ("cls", "mean", "node", "sum"):
+            if names := self.names(readout):
+                head = Mlp(self.width, len(names), wide, name=f"head_{readout}")
+                if readout == "cls":
+                    values = head(cls_D[None])[0]
+                else:
+                    values = jnp.where(mask_N[:, None], head(node_NxD), 0.0)
+                if readout in ("sum", "mean"):
+                    values = values.sum(axis=0)
+                if readout == "mean":
+                    values = values / jnp.maximum(mask_N.sum(), 1)
+                predictions |= {name: values[..., k] for k, name in enumerate(names)}
+        if self.position is not None:
+            predictions[self.position] = self._positions(graph, node_NxD, wide)
+        return predictions
+
+    def _positions(self, graph: Graph, node_NxD: Array, wide) -> Array:
         """Where the nodes are after the horizon, by the formula that `equivariance` names."""
-        wide = jnp.promote_types(self.dtype, jnp.float32)
         x_Nx3, mask = graph.position, graph.node_mask[:, None]
         if self.equivariance in ("com", "velocity"):
             phi_Nx1 = Mlp(self.width, 1, wide, name="head_position")(node_NxD)
@@ -263,26 +291,9 @@ class Demetar(nn.Module):
         phi_Nx3 = Mlp(self.width, 3, wide, name="head_position")(node_NxD)
         return jnp.where(mask, phi_Nx3 + (x_Nx3 if self.equivariance == "translation" else 0), 0)
 
-    def _read_out(self, cls_D: Array, node_NxD: Array, node_mask_N: Array) -> Array:
-        """[CLS], sum over atoms or mean over atoms, as each target asks: `[T]`."""
-        count = jnp.maximum(node_mask_N.sum(), 1)
-        wide = jnp.promote_types(self.dtype, jnp.float32)  # a target has more than 8 bits
-        output_T = [None] * len(self.readouts)
-        for readout in sorted(set(self.readouts)):
-            places = [t for t, name in enumerate(self.readouts) if name == readout]
-            head = Mlp(self.width, len(places), wide, name=f"head_{readout}")
-            if readout == "cls":
-                value = head(cls_D[None])[0]
-            else:
-                value = jnp.where(node_mask_N[:, None], head(node_NxD), 0.0).sum(axis=0)
-                value = value / count if readout == "mean" else value
-            for k, t in enumerate(places):
-                output_T[t] = value[k]
-        return jnp.stack(output_T)
-
 
 def _centre_of_mass(graph: Graph) -> Array:
-    mass_N = jnp.asarray(_MASSES, graph.position.dtype)[graph.atomic_number]
+    mass_N = jnp.asarray(atomic_weights(), graph.position.dtype)[graph.atomic_number]
     return mass_N @ graph.position / jnp.maximum(mass_N.sum(), 1e-6)  # 0: all padding
 
 

@@ -1,6 +1,6 @@
 """DEMETAr in edge space: the E(3)-equivariant double-encoder transformer for positions.
 
-The seed's future work, taken further. Node tokens attend to their edges' tokens (one per
+The DEMETAr post's future work, taken further. Node tokens attend to their edges' tokens (one per
 pair), edges read the tokens of their two nodes, and the edges' outputs weight relative
 vectors (its Equation 6 with the transformer in the place of phi). One round, whose weights all
 rounds share:
@@ -26,24 +26,17 @@ import jax
 import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
-from demetar.models.layers import (
-    SYMMETRIES,
-    Attention,
-    Dense,
-    Mlp,
-    layer_norm,
-    mask_bias,
-    select_rows,
-)
+from demetar.models.base import GraphModel
+from demetar.models.layers import Attention, Dense, Mlp, layer_norm, mask_bias
+from demetar.models.ops import select_rows
 
 _SOFTENING = 1e-6  # added to squares, in the data's length^2: nothing is singular at contact
 
 
-class DemetarE3(nn.Module):
+class DemetarE3(GraphModel):
     """Predicts where the nodes of one padded graph are after the horizon: `[N, 3]`.
 
     Attributes:
-      readouts: `("position",)`.
       horizon: time from input to target.
       width: D, of node and edge tokens.
       num_heads: H of the nodes' attention; divides `width`.
@@ -54,9 +47,7 @@ class DemetarE3(nn.Module):
     """
 
     READOUTS: ClassVar = ("position",)
-    symmetries: ClassVar = SYMMETRIES
 
-    readouts: tuple[str, ...]
     horizon: float
     width: int = 32
     num_heads: int = 4
@@ -66,7 +57,7 @@ class DemetarE3(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
         mask_N = graph.node_mask[:, None]
@@ -89,7 +80,7 @@ class DemetarE3(nn.Module):
         start = (vector_Nx3xC, node_NxD, edge_ExD)
         (vector_Nx3xC, _, _), _ = rounds(start, _incidence(graph), _coupling(graph))
         moved_Nx3 = vector_Nx3xC[..., 0] + x_com_3 + self.horizon * v_com_3
-        return jnp.where(mask_N, moved_Nx3, 0)
+        return {self.position: jnp.where(mask_N, moved_Nx3, 0)}
 
 
 class _Round(nn.Module):

@@ -15,15 +15,12 @@ import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
-from demetar.models.layers import SYMMETRIES, Dense, safe_norm
-
-_ELEMENTS = (1, 6, 7, 8, 9)  # of QM9; node features are one-hot times powers of Z / 9
-_MAX_NUMBER = 9
+from demetar.models.base import GraphModel
+from demetar.models.layers import Dense, Messages, messages_of, safe_norm
 
 
 def _linear(features: int, fan_in: int, dtype, name: str, use_bias: bool = True) -> Dense:
@@ -33,11 +30,11 @@ def _linear(features: int, fan_in: int, dtype, name: str, use_bias: bool = True)
     return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=draw, name=name)
 
 
-class Egnn(nn.Module):
-    """Predicts positions after the horizon, `[N, 3]`, or T graph targets, `[T]`.
+class Egnn(GraphModel):
+    """Predicts positions after the horizon, or graph targets as a sum over nodes.
 
     Attributes:
-      readouts: `("position",)`, or `sum` for each graph target.
+      elements: atomic numbers of the data.
       width: D.
       num_layers: rounds of messages, each with its own weights.
       attention: messages are weighted by a sigmoid of themselves.
@@ -46,9 +43,8 @@ class Egnn(nn.Module):
     """
 
     READOUTS: ClassVar = ("position", "sum")
-    symmetries: ClassVar = SYMMETRIES
 
-    readouts: tuple[str, ...]
+    elements: tuple[int, ...]
     width: int = 64
     num_layers: int = 4
     attention: bool = False
@@ -56,34 +52,38 @@ class Egnn(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, graph: Graph, deterministic: bool = True) -> Array:
+    def __call__(self, graph: Graph, deterministic: bool = True) -> dict[str, Array]:
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
-        moves = self.readouts == ("position",)
+        moves, graph_targets = self.position is not None, self.names("sum")
         x_Nx3 = graph.position
-        messages = _messages_of(graph)
-        if moves:
+        messages = messages_of(graph)
+        if graph.velocity is not None:
             features = safe_norm(graph.velocity)[:, None]
             ends = lambda x: (messages.of_receiver(x), messages.of_sender(x))
             charge, charge_of_other = ends(graph.charge[:, None])
             scalars = [charge * charge_of_other, _square(*ends(x_Nx3))]
         else:
-            features = _atom_features(graph.atomic_number, x_Nx3.dtype)
+            features = _atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
             scalars = []
         h_NxD = _linear(self.width, features.shape[-1], self.dtype, "embedding")(features)
         layer_class = nn.remat(_Layer) if self.remat else _Layer
         for number in range(self.num_layers):
             # The last layer's features are read only where there is a read-out of them.
-            updates = not moves or number < self.num_layers - 1
+            updates = bool(graph_targets) or number < self.num_layers - 1
             layer = layer_class(self.width, self.attention, moves, updates, name=f"layer_{number}")
             h_NxD, x_Nx3 = layer(h_NxD, x_Nx3, graph.velocity, messages, scalars)
+        predictions = {}
         if moves:
-            return jnp.where(graph.node_mask[:, None], x_Nx3, 0)
-        linear = lambda features, name: _linear(features, self.width, self.dtype, name)
-        h_NxD = linear(self.width, "node_1")(nn.silu(linear(self.width, "node_0")(h_NxD)))
-        h_D = jnp.where(graph.node_mask[:, None], h_NxD, 0).sum(axis=0)
-        wide = nn.silu(linear(self.width, "graph_0")(h_D[None]))
-        return linear(len(self.readouts), "graph_1")(wide)[0].astype(x_Nx3.dtype)
+            predictions[self.position] = jnp.where(graph.node_mask[:, None], x_Nx3, 0)
+        if graph_targets:
+            linear = lambda features, name: _linear(features, self.width, self.dtype, name)
+            h_NxD = linear(self.width, "node_1")(nn.silu(linear(self.width, "node_0")(h_NxD)))
+            h_D = jnp.where(graph.node_mask[:, None], h_NxD, 0).sum(axis=0)
+            wide = nn.silu(linear(self.width, "graph_0")(h_D[None]))
+            values_T = linear(len(graph_targets), "graph_1")(wide)[0].astype(x_Nx3.dtype)
+            predictions |= dict(zip(graph_targets, values_T, strict=True))
+        return predictions
 
 
 class _Layer(nn.Module):
@@ -95,7 +95,7 @@ class _Layer(nn.Module):
     updates: bool
 
     @nn.compact
-    def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: "_Messages", scalars):
+    def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: Messages, scalars):
         width, dtype = self.width, h_NxD.dtype
         linear = lambda features, name, **kw: _linear(features, width, dtype, name, **kw)
         x_to, x_from = messages.of_receiver(x_Nx3), messages.of_sender(x_Nx3)
@@ -118,8 +118,9 @@ class _Layer(nn.Module):
             gate_Mx1 = last(nn.silu(linear(width, "position_0")(m_in_MxD))).astype(x_Nx3.dtype)
             shift_Nx3 = messages.sum_at_receiver(x_to - x_from, gate_Mx1 * messages.mask_Mx1)
             x_Nx3 = x_Nx3 + shift_Nx3 / jnp.maximum(messages.count_Nx1, 1)
-            speed_Nx1 = linear(1, "velocity_1")(nn.silu(linear(width, "velocity_0")(h_NxD)))
-            x_Nx3 = x_Nx3 + v_Nx3 * speed_Nx1.astype(x_Nx3.dtype)
+            if v_Nx3 is not None:
+                speed_Nx1 = linear(1, "velocity_1")(nn.silu(linear(width, "velocity_0")(h_NxD)))
+                x_Nx3 = x_Nx3 + v_Nx3 * speed_Nx1.astype(x_Nx3.dtype)
         if self.updates:
             m_NxD = messages.sum_at_receiver(m_MxD, weight_Mx1)
             wide = _linear(width, 2 * width, dtype, "node_0")
@@ -127,57 +128,6 @@ class _Layer(nn.Module):
                 nn.silu(wide(jnp.concatenate([h_NxD, m_NxD], axis=-1)))
             )
         return h_NxD, x_Nx3
-
-
-@flax.struct.dataclass
-class _Messages:
-    """M = 2E messages: both directions of each edge, one half after the other.
-
-    A gather and a sum by receiver: time and memory grow with the edges, however many nodes
-    there are. (A matrix [N, N, D] of all pairs, without either, was no faster on a CPU, on
-    complete graphs too.)
-
-    Attributes:
-      mask_Mx1: float, 0 for padding.
-      receiver_M, sender_M: nodes.
-      num_nodes: N.
-    """
-
-    mask_Mx1: Array
-    receiver_M: Array
-    sender_M: Array
-    num_nodes: int = flax.struct.field(pytree_node=False)
-
-    @property
-    def count_Nx1(self) -> Array:
-        """How many each node receives."""
-        return self.sum_at_receiver(jnp.ones_like(self.mask_Mx1), self.mask_Mx1)
-
-    def of_receiver(self, x_NxD: Array) -> Array:
-        """Of each message, the row of its receiver."""
-        return x_NxD[self.receiver_M]
-
-    def of_sender(self, x_NxD: Array) -> Array:
-        """Of each message, the row of its sender."""
-        return x_NxD[self.sender_M]
-
-    def sum_at_receiver(self, x_MxD: Array, weight_Mx1: Array) -> Array:
-        """`sum over messages to i of weight x`, `[N, D]`."""
-        wide = jnp.promote_types(x_MxD.dtype, jnp.float32)  # sums of many small numbers
-        weighted_MxD = x_MxD.astype(wide) * weight_Mx1.astype(wide)
-        sum_NxD = jax.ops.segment_sum(weighted_MxD, self.receiver_M, self.num_nodes)
-        return sum_NxD.astype(jnp.promote_types(x_MxD.dtype, weight_Mx1.dtype))
-
-
-def _messages_of(graph: Graph) -> _Messages:
-    """The messages of one graph without padding values."""
-    both = lambda a, b: jnp.concatenate([a, b])
-    return _Messages(
-        both(graph.edge_mask, graph.edge_mask)[:, None].astype(graph.position.dtype),
-        both(graph.receivers, graph.senders),
-        both(graph.senders, graph.receivers),
-        len(graph.node_mask),
-    )
 
 
 class _Scalars(nn.Module):
@@ -199,9 +149,9 @@ def _square(a: Array, b: Array) -> Array:
     return jnp.square(a - b).sum(axis=-1, keepdims=True)
 
 
-def _atom_features(atomic_number_N: Array, dtype) -> Array:
-    """[N, 15]: one-hot element, times (Z / 9) to the powers 0, 1 and 2."""
-    one_hot = (atomic_number_N[:, None] == jnp.asarray(_ELEMENTS)).astype(dtype)
-    scaled_N = atomic_number_N.astype(dtype) / _MAX_NUMBER
+def _atom_features(atomic_number_N: Array, elements: tuple[int, ...], dtype) -> Array:
+    """[N, 3 x elements]: one-hot element, times (Z / largest Z) to the powers 0, 1 and 2."""
+    one_hot = (atomic_number_N[:, None] == jnp.asarray(elements)).astype(dtype)
+    scaled_N = atomic_number_N.astype(dtype) / max(elements)
     powers_Nx3 = jnp.stack([jnp.ones_like(scaled_N), scaled_N, scaled_N**2], axis=-1)
     return (one_hot[..., None] * powers_Nx3[:, None]).reshape(len(atomic_number_N), -1)

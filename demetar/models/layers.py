@@ -13,38 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.graph import Graph
+from demetar.models import ops
+
 Array = jax.Array
 
 # What a model's `symmetries` may name: positions turn, reflect and shift with the input, and
 # graph targets stay; nodes may come in any order.
 SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
-
-
-@jax.custom_batching.custom_vmap
-def _matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
-    return x_NxD @ kernel_DxF
-
-
-@_matmul.def_vmap
-def _matmul_of_batch(axis_size, in_batched, x_BxNxD, kernel_DxF):
-    # vmap of a matrix product keeps [B, N, D], and the gradient of that runs at half the speed
-    # on CPU; one product over flattened rows is the same sum.
-    x_batched, kernel_batched = in_batched
-    if x_batched and not kernel_batched:
-        flat = x_BxNxD.reshape(-1, x_BxNxD.shape[-1]) @ kernel_DxF
-        return flat.reshape(*x_BxNxD.shape[:-1], kernel_DxF.shape[-1]), True
-    axes = tuple(0 if batched else None for batched in in_batched)
-    return jax.vmap(jnp.matmul, axes, axis_size=axis_size)(x_BxNxD, kernel_DxF), True
-
-
-@jax.jit
-def select_rows(selector_NxM: Array, x_MxD: Array) -> Array:
-    """`selector @ x` where a row of `selector` holds a few ones (or minus ones): moves rows.
-
-    In the place of a gather or scatter, whose gradient runs on one thread of a CPU. `flops.py`
-    knows the name, and counts nothing.
-    """
-    return _matmul(selector_NxM, x_MxD)
 
 
 class Dense(nn.Module):
@@ -63,7 +39,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = _matmul(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = ops.matmul(rows, kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return y
@@ -80,7 +56,7 @@ class Embed(nn.Module):
     def __call__(self, types: Array) -> Array:
         table = self.param("table", nn.initializers.normal(1.0), (self.num, self.features))
         one_hot = jax.nn.one_hot(types, self.num, dtype=self.dtype)
-        rows = select_rows(one_hot.reshape(-1, self.num), table.astype(self.dtype))
+        rows = ops.select_rows(one_hot.reshape(-1, self.num), table.astype(self.dtype))
         return rows.reshape(*types.shape, self.features)
 
 
@@ -95,50 +71,6 @@ class Mlp(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = nn.silu(Dense(self.hidden, dtype=self.dtype)(x))
         return Dense(self.features, dtype=self.dtype)(x)
-
-
-@jax.custom_vjp
-def attend(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, bias_HxNxM: Array) -> Array:
-    """softmax(Q Kᵀ + bias) V of each head, `[H, N, d]`; the softmax in the type of the bias.
-
-    Its gradient is written out, because the products that autodiff makes of it take transposed
-    operands, for which XLA on a CPU has no fast product: 660 instead of 1140 us for 32 graphs
-    of 20 tokens and 16 heads of 4, forward and backward, on one core.
-    """
-    return _attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)[0]
-
-
-def _attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM):
-    logits_HxNxM = jnp.einsum("hnd,hmd->hnm", q_HxNxd, k_HxMxd)
-    weights_HxNxM = jax.nn.softmax(logits_HxNxM.astype(bias_HxNxM.dtype) + bias_HxNxM)
-    mixed_HxNxd = jnp.einsum("hnm,hmd->hnd", weights_HxNxM.astype(v_HxMxd.dtype), v_HxMxd)
-    return mixed_HxNxd, (q_HxNxd, k_HxMxd, v_HxMxd, weights_HxNxM, mixed_HxNxd)
-
-
-def _attend_backward(kept, g_HxNxd):
-    q_HxNxd, k_HxMxd, v_HxMxd, weights_HxNxM, mixed_HxNxd = kept
-    dtype, wide = q_HxNxd.dtype, weights_HxNxM.dtype
-    # sum_m w_nm (g_n . v_m) = g_n . sum_m w_nm v_m: over d numbers instead of M.
-    mean_HxNx1 = (g_HxNxd.astype(wide) * mixed_HxNxd.astype(wide)).sum(axis=-1, keepdims=True)
-    of_weights_HxNxM = jnp.einsum("hnd,hmd->hnm", g_HxNxd, v_HxMxd).astype(wide)
-    of_logits_HxNxM = weights_HxNxM * (of_weights_HxNxM - mean_HxNx1)
-    small_HxNxM = of_logits_HxNxM.astype(dtype)
-
-    def over_queries(x_HxNxd, weights_HxNxM):
-        # The small operand is transposed, and apart: merged into the product it is slow again.
-        x_HxdxN = jax.lax.optimization_barrier(x_HxNxd.swapaxes(1, 2))
-        sum_HxdxM = jnp.einsum("hdn,hnm->hdm", x_HxdxN, weights_HxNxM)
-        return jax.lax.optimization_barrier(sum_HxdxM).swapaxes(1, 2)
-
-    return (
-        jnp.einsum("hnm,hmd->hnd", small_HxNxM, k_HxMxd),
-        over_queries(q_HxNxd, small_HxNxM),
-        over_queries(g_HxNxd, weights_HxNxM.astype(dtype)),
-        of_logits_HxNxM,
-    )
-
-
-attend.defvjp(_attend_forward, _attend_backward)
 
 
 @flax.struct.dataclass
@@ -161,7 +93,7 @@ class Links:
 
 
 def attend_along(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, links: Links) -> Array:
-    """As `attend`, each query over the keys it is linked to; 0 where there is none."""
+    """As `ops.attend`, each query over the keys it is linked to; 0 where there is none."""
     num_queries, wide = q_HxNxd.shape[1], links.bias_LxH.dtype
     at = lambda x_HxNxd, index_L: x_HxNxd.swapaxes(0, 1)[index_L]
     sums = lambda x: jax.ops.segment_sum(x, links.query_L, num_queries)
@@ -182,7 +114,7 @@ class Attention(nn.Module):
     """Multi-head attention from N query tokens to M key tokens, `[N, D] -> [N, D]`.
 
     With `scaling='standard'`, softmax(Q Kᵀ / √d_head + bias) V per head (Vaswani et al. 2017);
-    with `'blog'`, softmax(Q Kᵀ + bias) V / √D, as Equations 9 and 10 of the seed print it.
+    with `'blog'`, softmax(Q Kᵀ + bias) V / √D, as Equations 9 and 10 of the DEMETAr post print it.
 
     Attributes:
       num_heads: H; divides the width.
@@ -215,7 +147,7 @@ class Attention(nn.Module):
             wide = jnp.promote_types(self.dtype, jnp.float32)
             shape = (self.num_heads, num_queries, len(key_MxD))
             bias_HxNxM = jnp.broadcast_to(bias.astype(wide), shape)
-            mixed_HxNxd = attend(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)
+            mixed_HxNxd = ops.attend(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)
         mixed_NxD = heads(mixed_HxNxd).reshape(num_queries, width)
         if self.scaling == "blog":
             mixed_NxD = mixed_NxD / math.sqrt(width)
@@ -223,7 +155,7 @@ class Attention(nn.Module):
 
 
 def mask_bias(mask: Array) -> Array:
-    """The seed's M: 0 where attention is allowed, and so low elsewhere that a weight is 0.
+    """The post's M: 0 where attention is allowed, and so low elsewhere that a weight is 0.
 
     Not -inf: a query that may attend to nothing would be nan, and so would its gradient. It
     gets a mean over all keys instead, which the caller replaces or never looks at.
@@ -283,3 +215,65 @@ def gaussian_basis(distance: Array, num_radial: int, cutoff: float) -> Array:
     scale = math.sqrt(0.5) * (num_radial - 1) / cutoff
     scaled = distance[..., None] * scale - jnp.asarray(centres_K * scale, distance.dtype)
     return jnp.exp(-jnp.square(scaled))
+
+
+def cosine_cutoff(distance: Array, cutoff: float) -> Array:
+    """(1 + cos(pi d / cutoff)) / 2 below the cutoff, 0 past it (Behler and Parrinello 2007).
+
+    Multiplied to what a pair contributes, it lets that fade with a continuous slope: a pair that
+    crosses the cutoff changes nothing at once.
+    """
+    inside = distance < cutoff
+    angle = jnp.where(inside, distance, cutoff) * (math.pi / cutoff)
+    return jnp.where(inside, (1 + jnp.cos(angle)) / 2, 0.0)
+
+
+@flax.struct.dataclass
+class Messages:
+    """M = 2E messages: both directions of each edge, one half after the other.
+
+    A gather and a sum by receiver: time and memory grow with the edges, however many nodes
+    there are. (A matrix [N, N, D] of all pairs, without either, was no faster on a CPU, on
+    complete graphs too.)
+
+    Attributes:
+      mask_Mx1: float, 0 for padding.
+      receiver_M, sender_M: nodes.
+      num_nodes: N.
+    """
+
+    mask_Mx1: Array
+    receiver_M: Array
+    sender_M: Array
+    num_nodes: int = flax.struct.field(pytree_node=False)
+
+    @property
+    def count_Nx1(self) -> Array:
+        """How many each node receives."""
+        return self.sum_at_receiver(jnp.ones_like(self.mask_Mx1), self.mask_Mx1)
+
+    def of_receiver(self, x_NxD: Array) -> Array:
+        """Of each message, the row of its receiver."""
+        return x_NxD[self.receiver_M]
+
+    def of_sender(self, x_NxD: Array) -> Array:
+        """Of each message, the row of its sender."""
+        return x_NxD[self.sender_M]
+
+    def sum_at_receiver(self, x_MxD: Array, weight_Mx1: Array) -> Array:
+        """`sum over messages to i of weight x`, `[N, D]`."""
+        wide = jnp.promote_types(x_MxD.dtype, jnp.float32)  # sums of many small numbers
+        weighted_MxD = x_MxD.astype(wide) * weight_Mx1.astype(wide)
+        sum_NxD = jax.ops.segment_sum(weighted_MxD, self.receiver_M, self.num_nodes)
+        return sum_NxD.astype(jnp.promote_types(x_MxD.dtype, weight_Mx1.dtype))
+
+
+def messages_of(graph: Graph) -> Messages:
+    """The messages of one graph without padding values."""
+    both = lambda a, b: jnp.concatenate([a, b])
+    return Messages(
+        both(graph.edge_mask, graph.edge_mask)[:, None].astype(graph.position.dtype),
+        both(graph.receivers, graph.senders),
+        both(graph.senders, graph.receivers),
+        len(graph.node_mask),
+    )

@@ -20,6 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from data_pipelines.errors import UserError
 from demetar.job.job import Job
 from demetar.records import log
+from demetar.training.progress import Progress
+from demetar.training.state import TrainState
 
 _MANIFEST = "manifest.json"
 
@@ -43,10 +45,10 @@ class Checkpoints:
         self._folder = workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
         damaged = False
-        if job is None or job.is_main:
+        job = job or Job.alone()
+        if job.is_main:
             damaged = self._set_damaged_aside(workdir / "damaged")
-        if job is not None:
-            job.barrier("checkpoints")
+        job.barrier("checkpoints")
         self._best = _KeepBest()
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
@@ -75,12 +77,15 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step with the lowest validation score so far; None before the first evaluation."""
         latest = self.latest_step()
-        return None if latest is None else self.meta(latest)["progress"]["best_step"] or None
+        return None if latest is None else self.meta(latest)[1].best_step or None
 
-    def meta(self, step: int) -> dict:
-        return self._manager.restore(
+    def meta(self, step: int) -> tuple[dict, Progress]:
+        """Identity (config and passport) and progress of the run at `step`."""
+        meta = self._manager.restore(
             step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
         ).meta
+        progress = Progress.from_json(meta.pop("progress"))
+        return meta, progress
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
@@ -113,16 +118,16 @@ class Checkpoints:
 
     # --- writing -------------------------------------------------------------------------------
 
-    def save(self, state, meta: dict) -> None:
+    def save(self, state: TrainState, identity: dict, progress: Progress) -> None:
         """Starts saving; blocks only while arrays are copied.
 
         A step saved before (then without its evaluation) is replaced, unless it is all there is:
         a resume evaluates it again, and finds the same.
 
         Args:
-          state: a `TrainState`.
-          meta: JSON; config, passport and progress of the run. The checkpoint of its
-            `progress["best_step"]` is kept.
+          state: on the devices.
+          identity: config and passport of the run.
+          progress: of the run. The checkpoint of its `best_step` is kept.
         """
         step = int(state.step)
         self.wait()
@@ -131,7 +136,8 @@ class Checkpoints:
             if len(saved) == 1:
                 return  # a kill before the new one is whole would leave nothing
             self._manager.delete(step)
-        self._best.step = meta["progress"]["best_step"]
+        self._best.step = progress.best_step
+        meta = identity | {"progress": progress.to_json()}
         self._manager.save(
             step,
             args=ocp.args.Composite(

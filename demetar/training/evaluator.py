@@ -1,9 +1,7 @@
-"""Evaluation, exact over padding: every graph of a split once, and what a result says."""
+"""Evaluation, exact over padding: every graph of a part once, on any number of devices."""
 
 import dataclasses
 import functools
-import pathlib
-import subprocess
 
 import jax
 import numpy as np
@@ -12,88 +10,102 @@ from data_pipelines import batching
 from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.dataset import Dataset
 from data_pipelines.graph import Array
+from data_pipelines.targets import Target
 from demetar.job.job import Job
-from demetar.job.watch import Watch
-from demetar.records import files, plots
 from demetar.training import sharding
 from demetar.training.experiment import Experiment
-from demetar.training.objective import TargetErrors, error_scale, trivial_errors
-from demetar.training.state import TrainState, params_sha256, state_sha256
+from demetar.training.measures import MEASURES, value_text
+from demetar.training.objective import Normalization, TargetErrors
 from demetar.training.step import CompiledPerBucket, make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Errors of one split.
+    """Errors and predictions of one part of a data set.
 
     Attributes:
       dataset: what was evaluated.
-      scale: [T] from standardised to reported errors.
-      errors: sums and count over the split.
+      targets: T of them, each with the metric that is reported.
+      errors: sums and counts over the part, standardised.
       graphs: [g] positions of the graphs.
-      graph_errors: [g, T] float64, reported units.
-      prediction: reported units, float64: [g, T], or [nodes, 3] of the graphs in their order.
+      graph_errors: [g, T] float64, of each graph the measure before `finish`, in reported units;
+        NaN where it has no label.
+      predictions: name of a target -> reported units, float64: [g], or [nodes] or [nodes, 3] of
+        the graphs in their order.
+      normalizations: name of a target -> between standardised and reported units.
     """
 
     dataset: Dataset
-    scale: np.ndarray
+    targets: tuple[Target, ...]
     errors: TargetErrors
     graphs: np.ndarray
     graph_errors: np.ndarray
-    prediction: np.ndarray
+    predictions: dict[str, np.ndarray]
+    normalizations: dict[str, Normalization]
 
     @property
     def count(self) -> int:
-        return round(float(self.errors.count))
+        return len(self.graphs)
 
     @property
     def score(self) -> float:
         """Mean over targets of the standardised error: what `best` means."""
         return float(np.mean(self.errors.compute()))
 
-    @property
-    def error(self) -> np.ndarray:
-        """[T] of the data set's metric, reported units."""
-        return self.errors.compute() * self.scale
+    def labels(self, target: Target) -> np.ndarray:
+        """In reported units, in the order of `predictions`."""
+        return self.dataset.labels_of(target, self.graphs)
+
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """Name of a target -> value of its metric, reported units."""
+        return reported_metrics(
+            self.errors.compute(), self.dataset, self.targets, self.normalizations, self.graphs
+        )
 
     def values(self) -> dict[str, float]:
-        return {
-            f"{t.name}_{t.metric}": float(e)
-            for t, e in zip(self.dataset.targets, self.error, strict=True)
-        }
+        """As a line of `metrics.jsonl` names them: `homo_mae`."""
+        return {f"{t.name}_{t.metric}": self.metrics[t.name] for t in self.targets}
 
     def text(self) -> str:
-        return error_text(self.dataset, self.error)
+        return metrics_text(self.targets, self.metrics)
 
 
-def error_text(dataset: Dataset, error_T) -> str:
+def reported_metrics(
+    mean_T: np.ndarray,
+    dataset: Dataset,
+    targets: tuple[Target, ...],
+    normalizations: dict[str, Normalization],
+    graphs: np.ndarray,
+) -> dict[str, float]:
+    """Means of standardised measures over `graphs` -> values in reported units."""
+    found = {}
+    for target, mean in zip(targets, mean_T, strict=True):
+        measure = MEASURES[target.metric]
+        mean = mean * normalizations[target.name].scale ** measure.power
+        found[target.name] = float(measure.finish(mean, label_variance(dataset, target, graphs)))
+    return found
+
+
+def label_variance(dataset: Dataset, target: Target, graphs: np.ndarray) -> float:
+    """Of the labels of some graphs, reported units squared; only `r2` looks at it."""
+    if target.metric != "r2":
+        return 0.0
+    return float(np.nanvar(dataset.labels_of(target, graphs)))
+
+
+def metrics_text(targets: tuple[Target, ...], values: dict[str, float]) -> str:
     """`MAE homo 103.8 meV, lumo ...`, for a person."""
-    pairs = zip(dataset.targets, error_T, strict=True)
-    power = "^2" if dataset.metric == "mse" else ""
-    values = ", ".join(f"{t.name} {e:.4g} {t.unit}{power}" for t, e in pairs)
-    return f"{dataset.metric.upper()} {values}"
-
-
-def compiled_eval_step(experiment: Experiment, watch: Watch | None = None) -> CompiledPerBucket:
-    """The evaluation step, compiled once per bucket."""
-    mesh, specs = experiment.mesh, experiment.state_specs.params
-    everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
-    jitted = jax.jit(
-        make_eval_step(experiment.model, mesh, specs, experiment.dataset.metric),
-        in_shardings=(sharding.named(mesh, specs), split, sharding.over_all(mesh)),
-        out_shardings=everywhere,
-    )
-    buckets = experiment.dataset.buckets
-
-    def arguments(bucket: int) -> tuple:
-        batch = experiment.abstract_batch(buckets[bucket], experiment.config.data.eval_batch_size)
-        return experiment.abstract_state().ema, batch, sharding.abstract_flags(mesh)
-
-    return CompiledPerBucket(jitted, len(buckets), watch, arguments)
+    words, last = [], None
+    for target in targets:
+        name = "" if target.metric == last else f"{target.metric.upper()} "
+        words.append(name + value_text(target, values[target.name]))
+        last = target.metric
+    return ", ".join(words)
 
 
 class Evaluator:
-    """Evaluates weights on a split: every graph exactly once, on any number of devices.
+    """Evaluates weights on a part of the data: every graph exactly once, on any mesh.
 
     Args:
       experiment: what the weights are for.
@@ -101,149 +113,109 @@ class Evaluator:
     """
 
     def __init__(self, experiment: Experiment, job: Job | None = None):
-        self._experiment, self._job = experiment, job
-        self._step = compiled_eval_step(experiment, None if job is None else job.watch)
+        self._experiment, self._job = experiment, job or Job.alone()
+        self._compiled = _compiled_eval_step(experiment, self._job.watch)
 
     def compile_ahead(self, executor) -> None:
         """See `CompiledPerBucket`."""
-        self._step.compile_ahead(executor)
+        self._compiled.compile_ahead(executor)
 
-    def run(self, params, split: str) -> Outcome | None:
-        """Errors and predictions of `split`; None if a signal cut it short, on all processes."""
-        dataset, arrays, mesh = (
-            self._experiment.dataset,
-            self._experiment.arrays,
-            self._experiment.mesh,
+    def step(self, params, bucket: int, batch, stop: bool = False):
+        """`((errors, stop), errors [B, T], predictions)` of a placed batch."""
+        return self._compiled(
+            bucket, params, batch, sharding.stop_flags(self._experiment.mesh, stop)
         )
-        batch_size = self._experiment.config.data.eval_batch_size
-        plan = BatchPlan(arrays.sizes, dataset.split[split], dataset.buckets, batch_size, seed=None)
+
+    def run(self, params, part: str) -> Outcome | None:
+        """Errors and predictions of `part`; None if a signal cut it short, on all processes."""
+        experiment = self._experiment
+        dataset, arrays, mesh = experiment.dataset, experiment.arrays, experiment.mesh
+        batch_size = experiment.config.data.eval_batch_size
+        plan = BatchPlan(arrays.sizes, dataset.split[part], dataset.buckets, batch_size, seed=None)
         rows = sharding.process_rows(mesh, batch_size)
         batches = batching.batches(arrays, plan, rows, range(plan.steps_per_epoch))
         outputs = []  # fetched after the loop: it never waits for a device that has work to do
-        for step, (bucket, batch) in enumerate(batches):
-            if self._job is not None:
-                self._job.watch.phase(f"evaluation of {split}, batch {step}")
+        for number, (bucket, batch) in enumerate(batches):
+            self._job.watch.phase(f"evaluation of {part}, batch {number}")
             if len(outputs) > 2 and outputs[-3][0][1] > 0:  # computed by now: two are under way
                 return None
             batch = sharding.to_devices(batch, mesh, batch_size)
-            asked = self._job is not None and bool(self._job.interruption.requested)
-            outputs.append(self._step(bucket, params, batch, sharding.flags(mesh, asked)))
-        graph_errors, predictions, order = [], [], []
-        for step, (_, error_BxT, prediction) in enumerate(outputs):
-            bucket, graphs_B = plan[step]
+            asked = bool(self._job.interruption.requested)
+            outputs.append(self.step(params, bucket, batch, asked))
+        return self._outcome(plan, outputs)
+
+    def _outcome(self, plan: BatchPlan, outputs: list) -> Outcome:
+        """Joins what the batches gave, in float64 and reported units."""
+        experiment = self._experiment
+        targets, normalizations = experiment.objective.targets, experiment.normalizations
+        num_nodes_G = experiment.arrays.sizes.num_nodes
+        order, graph_errors = [], []
+        predictions = {target.name: [] for target in targets}
+        for number, (_, error_BxT, of_batch) in enumerate(outputs):
+            graphs_B = plan[number][1]
             real_B = graphs_B >= 0
             graphs = graphs_B[real_B]
             order.append(graphs)
             graph_errors.append(_float64(error_BxT)[real_B])
-            # Rows are graphs or, where each node has its own target, graphs x nodes.
-            prediction = _float64(prediction)[real_B]
-            if arrays.target_per_node:
-                nodes = arrays.sizes.num_nodes[graphs][:, None]
-                prediction = prediction[np.arange(prediction.shape[1]) < nodes]
-            predictions.append(prediction)
+            for target in targets:
+                prediction = _float64(of_batch[target.name])[real_B]
+                if target.per_node:  # [g, N, ...]: without padding
+                    nodes = np.arange(prediction.shape[1]) < num_nodes_G[graphs][:, None]
+                    prediction = prediction[nodes]
+                predictions[target.name].append(prediction)
         order = np.concatenate(order)
-        sums = [errors for (errors, _), *_ in outputs]
-        prediction = np.concatenate(predictions)
-        normalization = self._experiment.normalization
-        scale = error_scale(normalization, dataset.metric)
-        if not arrays.target_per_node:
-            prediction = normalization.restore(prediction, arrays.sizes.num_nodes[order])
-        return Outcome(
-            dataset,
-            scale,
-            functools.reduce(TargetErrors.merge, (jax.tree.map(_float64, s) for s in sums)),
-            order,
-            np.concatenate(graph_errors) * scale,
-            prediction,
+        sums = [jax.tree.map(_float64, errors) for (errors, _), *_ in outputs]
+        scale_T = np.array(
+            [normalizations[t.name].scale ** MEASURES[t.metric].power for t in targets]
         )
+        restored = {}
+        for target in targets:
+            n = 0 if target.per_node else num_nodes_G[order]
+            prediction = np.concatenate(predictions[target.name])
+            restored[target.name] = normalizations[target.name].restore(prediction, n)
+        outcome = Outcome(
+            dataset=experiment.dataset,
+            targets=targets,
+            errors=functools.reduce(TargetErrors.merge, sums),
+            graphs=order,
+            graph_errors=np.concatenate(graph_errors) * scale_T,
+            predictions=restored,
+            normalizations=normalizations,
+        )
+        for k, target in enumerate(targets):
+            outcome.graph_errors[~_labelled(outcome, target), k] = np.nan
+        return outcome
+
+
+def _labelled(outcome: Outcome, target: Target) -> np.ndarray:
+    """[g] whether a graph has a label, or one of its nodes."""
+    known = ~np.isnan(outcome.labels(target))
+    if not target.per_node:
+        return known
+    known = known.reshape(len(known), -1).all(axis=1)
+    ends = np.cumsum(outcome.dataset.arrays.sizes.num_nodes[outcome.graphs])
+    return np.logical_or.reduceat(known, np.concatenate([[0], ends[:-1]]))
+
+
+def _compiled_eval_step(experiment: Experiment, watch) -> CompiledPerBucket:
+    mesh, specs = experiment.mesh, experiment.state_specs.params
+    jitted = jax.jit(
+        make_eval_step(experiment.model, mesh, specs, experiment.objective),
+        in_shardings=(
+            sharding.named(mesh, specs),
+            sharding.over_batch(mesh),
+            sharding.over_all(mesh),
+        ),
+        out_shardings=sharding.replicated(mesh),
+    )
+    buckets = experiment.dataset.buckets
+
+    def arguments(bucket: int) -> tuple:
+        batch = experiment.abstract_batch(buckets[bucket], experiment.config.data.eval_batch_size)
+        return experiment.abstract_state().ema, batch, sharding.abstract_stop_flags(mesh)
+
+    return CompiledPerBucket(jitted, len(buckets), arguments, watch)
 
 
 def _float64(x: Array) -> np.ndarray:
     return np.asarray(x, np.float64)
-
-
-def result_of(outcome: Outcome, split: str, step: int, identity: dict) -> dict:
-    """The part of `result.json` that an evaluation alone can say."""
-    passport, dataset = identity["passport"], outcome.dataset
-    metric = dataset.metric
-    trivial = trivial_errors(dataset, outcome.graphs)
-    targets = {}
-    for k, (target, error) in enumerate(zip(dataset.targets, outcome.error, strict=True)):
-        row = {metric: float(error), "unit": target.unit}
-        row |= {f"{metric}_of_{name}": float(error_T[k]) for name, error_T in trivial.items()}
-        if metric == "mse":  # a few close encounters make most of a mean: say so
-            error_g = outcome.graph_errors[:, k]
-            row |= {"median": float(np.median(error_g)), "interval_95": interval_95(error_g)}
-        targets[target.name] = row
-    return {
-        "dataset": passport["dataset"],
-        "split": split,
-        "split_name": dataset.split_name,
-        "step": step,
-        "count": outcome.count,
-        "targets": targets,
-        "data_passport": passport,
-        "config": identity["config"],
-    }
-
-
-def interval_95(error_g: np.ndarray) -> list[float]:
-    """Bootstrap interval of the mean over graphs: percentiles of 2,000 resamples."""
-    rng = np.random.default_rng(0)
-    means = [rng.choice(error_g, len(error_g)).mean() for _ in range(2_000)]
-    return np.percentile(means, [2.5, 97.5]).tolist()
-
-
-def save_result(
-    workdir: pathlib.Path,
-    evaluator: Evaluator,
-    *,
-    ema,
-    step: int,
-    state: TrainState,
-    identity: dict,
-    progress: dict,
-) -> dict:
-    """Evaluates the best weights once on test; writes `result.json` and the plots.
-
-    Args:
-      ema: the best weights.
-      step: of them.
-      state: the last one, for its hashes.
-      identity: config and passport.
-      progress: of the run.
-    """
-    outcome = evaluator.run(ema, "test")
-    if outcome is None:
-        return {}
-    state = sharding.to_host(state)
-    result = result_of(outcome, "test", step, identity) | {
-        "validation_score": progress["best_score"],
-        "train_seconds": progress["train_seconds"],
-        "seed": identity["config"]["seed"],
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "git_commit": _git_commit(),
-        "params_sha256": params_sha256(state.params),
-        "state_sha256": state_sha256(state, progress),
-    }
-    if jax.process_index() == 0:
-        if outcome.dataset.arrays.target_per_node:
-            plots.plot_trajectories(workdir / "trajectories.png", outcome)
-        else:
-            plots.plot_parity(workdir / "parity.png", outcome)
-        plots.plot_learning_curves(workdir / "learning_curves.png", workdir, outcome)
-        files.write_json(workdir / "result.json", result)
-        items = outcome.dataset.items
-        print(f"Test {outcome.text()} over {outcome.count} {items}; see {workdir}/result.json")
-    return result
-
-
-def _git_commit() -> str | None:
-    """Of the checkout this code runs from; None outside of one."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

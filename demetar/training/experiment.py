@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import ml_collections
@@ -11,14 +10,16 @@ import optax
 
 from data_pipelines import batching
 from data_pipelines.batch_plan import Bucket
-from data_pipelines.dataset import Dataset, load_dataset
-from data_pipelines.errors import UserError, suggest
+from data_pipelines.dataset import Dataset
+from data_pipelines.errors import UserError
+from data_pipelines.registry import load_dataset
 from demetar.config import stored
 from demetar.models import create_model
+from demetar.models.base import GraphModel
 from demetar.speed import flops
 from demetar.training import sharding
-from demetar.training.objective import ERRORS, Normalization, standardize
-from demetar.training.optim import learning_rate, make_optimizer
+from demetar.training.objective import Normalization, Objective, make_objective, standardize
+from demetar.training.optim import make_optimizer
 from demetar.training.state import TrainState, create_state
 
 
@@ -29,9 +30,10 @@ class Experiment:
     Attributes:
       config: resolved.
       mesh: of today's devices.
-      dataset: graphs with targets in reported units, split, buckets, passport.
-      arrays: the same graphs with standardised targets in the type that is computed in.
-      normalization: between the two.
+      dataset: graphs with labels in reported units, split, buckets, passport.
+      arrays: the same graphs with standardised labels in the type that is computed in.
+      normalizations: name of a target -> between the two.
+      objective: losses and metrics of the targets.
       model: for one graph.
       schedule: learning rate of a step.
       tx: the optax chain.
@@ -41,8 +43,9 @@ class Experiment:
     mesh: jax.sharding.Mesh
     dataset: Dataset
     arrays: batching.GraphArrays
-    normalization: Normalization
-    model: Any
+    normalizations: dict[str, Normalization]
+    objective: Objective
+    model: GraphModel
     schedule: optax.Schedule
     tx: optax.GradientTransformation
 
@@ -64,7 +67,7 @@ class Experiment:
     @functools.cached_property
     def state_specs(self) -> TrainState:
         """How each leaf of the state lies on today's mesh: `PartitionSpec`s."""
-        return sharding.state_specs(self.mesh, self._shapes)
+        return sharding.state_specs(self.mesh, self.model.SHARDING_RULES, self._shapes)
 
     def create_state(self) -> TrainState:
         """A fresh state, born in its shardings."""
@@ -81,9 +84,9 @@ class Experiment:
     def abstract_batch(self, bucket: Bucket, batch_size: int):
         """Shapes, types and shardings of a batch of a bucket."""
         one = batching.gather(self.arrays, np.zeros(1, np.int64), bucket)
-        split = sharding.over_batch(self.mesh)
+        rows = sharding.over_batch(self.mesh)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=split), one
+            lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype, sharding=rows), one
         )
 
     @functools.cached_property
@@ -92,7 +95,8 @@ class Experiment:
         model = self.model.clone(remat=False) if hasattr(self.model, "remat") else self.model
 
         def summed(params, batch):
-            return jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch).sum()
+            predictions = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
+            return sum(x.sum() for x in predictions.values())
 
         example = lambda n, e: (self._shapes.params, self.abstract_batch(Bucket(n, e), 1))
         sizes = self.arrays.sizes
@@ -110,78 +114,43 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
     _check(config, mesh)
     dataset = load_dataset(**config.data)
-    arrays, normalization = standardize(dataset, stored.real_dtype(config))
-    optim, num_steps = config.optim, config.train.num_steps
-    schedule = learning_rate(
-        optim.schedule, optim.learning_rate, optim.warmup_steps, num_steps, optim.final_fraction
+    arrays, normalizations = standardize(dataset, stored.real_dtype(config))
+    train = config.train
+    objective = make_objective(
+        dataset.targets, train.loss, train.losses, train.weights, train.metrics
     )
+    model = create_model(
+        targets=objective.targets,
+        facts={"elements": dataset.elements, **dataset.model_facts},
+        **config.model,
+    )
+    schedule, tx = make_optimizer(config.optim, train.num_steps)
     experiment = Experiment(
         config=config,
         mesh=mesh,
         dataset=dataset,
         arrays=arrays,
-        normalization=normalization,
-        model=create_model(
-            target_readouts=tuple(t.readout for t in dataset.targets),
-            horizon=dataset.horizon,
-            **config.model,
-        ),
+        normalizations=normalizations,
+        objective=objective,
+        model=model,
         schedule=schedule,
-        tx=make_optimizer(schedule, optim.b1, optim.b2, optim.weight_decay, optim.clip_norm),
+        tx=tx,
     )
-    if config.train.steps_per_call > 1 and len(dataset.buckets) > 1:
-        raise UserError(
-            f"config.train.steps_per_call ({config.train.steps_per_call}) needs graphs of one "
-            f"bucket, and the data have {len(dataset.buckets)}: set it to 1, or "
-            f"config.data.buckets to ({dataset.buckets[-1].num_nodes},)."
-        )
-    heads = config.model.get("num_heads")
-    sharding.check_model(mesh, experiment.abstract_state().params, heads)
+    sharding.check_model_axis(mesh, model, experiment.abstract_state().params)
     return experiment
 
 
 def _check(config: ml_collections.ConfigDict, mesh) -> None:
     """Refuses now what could only fail later."""
     data, train = config.data, config.train
-    sharding.check_batch_size("config.data.batch_size", data.batch_size, mesh, train.accumulation)
-    sharding.check_batch_size("config.data.eval_batch_size", data.eval_batch_size, mesh)
-    if train.loss not in ERRORS:
-        raise UserError(
-            f"Unknown config.train.loss {train.loss!r}.{suggest(train.loss, ERRORS)} "
-            f"Known: {', '.join(ERRORS)}."
-        )
     for group, key in (
         ("train", "num_steps"),
         ("train", "eval_every"),
         ("train", "accumulation"),
-        ("train", "steps_per_call"),
         ("checkpoint", "every_steps"),
         ("log", "every_steps"),
     ):
-        if key not in config[group]:
-            raise UserError(
-                f"The config has no {group}.{key}: set it in its file, as in configs/qm9.py."
-            )
         if config[group][key] < 1:
             raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")
-    if train.steps_per_call > 1:
-        _check_alignment(config)
-
-
-def _check_alignment(config: ml_collections.ConfigDict) -> None:
-    """Whatever happens between steps happens between calls."""
-    together = config.train.steps_per_call
-    for group, key in (
-        ("train", "num_steps"),
-        ("train", "eval_every"),
-        ("checkpoint", "every_steps"),
-        ("checkpoint", "stop_at"),
-        ("log", "every_steps"),
-    ):
-        value = config[group][key]
-        if value % together:
-            near = [n for n in (value - value % together, value + -value % together) if n]
-            raise UserError(
-                f"config.{group}.{key} ({value}) must be a multiple of config.train.steps_per_call "
-                f"({together}): {' or '.join(map(str, near))}."
-            )
+    sharding.check_batch_size("config.data.batch_size", data.batch_size, mesh, train.accumulation)
+    sharding.check_batch_size("config.data.eval_batch_size", data.eval_batch_size, mesh)

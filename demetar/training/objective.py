@@ -1,12 +1,12 @@
-"""What a model is trained for: targets, their normalisation, loss and metrics.
+"""What a model is trained for: normalised labels, a weighted sum of losses, errors.
 
-A model predicts standardised targets. The statistics come from the training split alone:
+A model predicts standardised targets. The statistics come from the training labels alone:
 
     intensive:  y = mean + std * z
-    extensive:  y = mean_per_atom * n + std * z     (n atoms; least squares over training)
+    extensive:  y = mean_per_node * n + std * z     (n nodes; least squares over training)
 
-where y is in reported units, atom references already subtracted in float64. Positions of
-particles are left as they are: a shift or a scale of their own would break the symmetries.
+where y is in reported units. `Target.normalization` says where neither or only a scale is used. A
+missing label weighs nothing: not in the statistics, not in the loss, not in the errors.
 """
 
 import dataclasses
@@ -18,85 +18,173 @@ from clu import metrics
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset
+from data_pipelines.errors import UserError, suggest
 from data_pipelines.graph import Array, Graph
+from data_pipelines.targets import Target
+from demetar.training.measures import MEASURES, check_measure
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Per-target statistics, float64 [T]: `offset`, `slope` per atom, `scale`."""
+    """Between the labels of one target, in reported units, and what a model predicts; float64."""
 
-    offset: np.ndarray
-    slope: np.ndarray
-    scale: np.ndarray
+    offset: float = 0.0
+    slope: float = 0.0  # per node of the graph
+    scale: float = 1.0
 
     @classmethod
-    def fit(cls, target_gxT: np.ndarray, num_atoms_g: np.ndarray, extensive_T) -> "Normalization":
-        """Statistics of the training graphs."""
-        n_g = num_atoms_g.astype(np.float64)
-        extensive_T = np.asarray(extensive_T, bool)
-        per_atom_T = n_g @ target_gxT / (n_g @ n_g)
-        slope_T = np.where(extensive_T, per_atom_T, 0.0)
-        offset_T = np.where(extensive_T, 0.0, target_gxT.mean(axis=0))
-        residual = target_gxT - offset_T - n_g[:, None] * slope_T
-        scale_T = np.sqrt((residual**2).mean(axis=0))
-        return cls(offset_T, slope_T, np.where(scale_T > 0, scale_T, 1.0))
+    def fit(cls, target: Target, label: np.ndarray, num_nodes: np.ndarray) -> "Normalization":
+        """Statistics of training labels.
 
-    def standardize(self, target_GxT: np.ndarray, num_atoms_G: np.ndarray) -> np.ndarray:
+        Args:
+          target: how it is normalised.
+          label: [g], or [nodes] or [nodes, 3]; NaN is left out.
+          num_nodes: [g] of each graph; looked at for extensive targets.
+        """
+        if target.normalization == "none":
+            return cls()
+        known = ~np.isnan(label)
+        if not known.any():
+            raise UserError(
+                f"Target {target.name!r} has no label in the training part: leave it out of "
+                "config.data.targets, or choose another split."
+            )
+        y = label[known][:, None]
+        if target.normalization == "scale":
+            return cls(scale=_positive(np.sqrt((y**2).mean())))
+        if target.extensive and not target.per_node:
+            n = num_nodes[known].astype(np.float64)
+            slope = float((n @ y / (n @ n))[0])
+            residual = y - n[:, None] * slope
+            return cls(slope=slope, scale=_positive(np.sqrt((residual**2).mean(axis=0))[0]))
+        offset = float(y.mean(axis=0)[0])
+        return cls(offset=offset, scale=_positive(np.sqrt(((y - offset) ** 2).mean(axis=0))[0]))
+
+    def standardize(self, label: np.ndarray, num_nodes) -> np.ndarray:
         """Reported units -> what the model predicts, float64, before any cast."""
-        return (target_GxT - self.offset - num_atoms_G[:, None] * self.slope) / self.scale
+        return (label - self.offset - num_nodes * self.slope) / self.scale
 
-    def restore(self, standardized_GxT: np.ndarray, num_atoms_G: np.ndarray) -> np.ndarray:
+    def restore(self, standardized: np.ndarray, num_nodes) -> np.ndarray:
         """The inverse of `standardize`."""
-        return standardized_GxT * self.scale + self.offset + num_atoms_G[:, None] * self.slope
+        return standardized * self.scale + self.offset + num_nodes * self.slope
 
 
-def standardize(dataset: Dataset, dtype) -> tuple[GraphArrays, Normalization]:
-    """The data set's graphs with standardised targets in `dtype`, and what was subtracted."""
-    arrays, train = dataset.arrays, dataset.split["train"]
-    if arrays.target_per_node:
-        unchanged = Normalization(np.zeros(1), np.zeros(1), np.ones(1))
-        return dataclasses.replace(arrays, target=arrays.target.astype(dtype)), unchanged
-    num_atoms_G = arrays.sizes.num_nodes
-    normalization = Normalization.fit(
-        arrays.target[train], num_atoms_G[train], [t.extensive for t in dataset.targets]
-    )
-    target = normalization.standardize(arrays.target, num_atoms_G).astype(dtype)
-    return dataclasses.replace(arrays, target=target), normalization
+def _positive(scale) -> float:
+    """Labels that are all alike have no scale of their own."""
+    return float(scale) if scale > 0 else 1.0
 
 
-# Of single numbers; both losses and the metrics of `Target.metric`.
-ERRORS = {"mae": jnp.abs, "mse": jnp.square}
+def standardize(dataset: Dataset, dtype) -> tuple[GraphArrays, dict[str, Normalization]]:
+    """The data set's graphs with standardised labels in `dtype`, and how each was normalised."""
+    train, arrays = dataset.split["train"], dataset.arrays
+    num_nodes_G = arrays.sizes.num_nodes
+    normalizations, graph_labels, node_labels = {}, {}, {}
+    for target in dataset.targets:
+        normalization = Normalization.fit(
+            target, dataset.labels_of(target, train), num_nodes_G[train]
+        )
+        normalizations[target.name] = normalization
+        label = dataset.labels(target)
+        own = node_labels if target.per_node else graph_labels
+        own[target.name] = normalization.standardize(
+            label, 0 if target.per_node else num_nodes_G
+        ).astype(dtype)
+    return dataclasses.replace(
+        arrays, graph_labels=graph_labels, node_labels=node_labels, dtype=np.dtype(dtype)
+    ), normalizations
 
 
-def graph_errors(name: str, prediction: Array, batch: Graph) -> Array:
-    """The error `name` of `ERRORS` of each graph and target, `[B, T]`.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """Which measure of which target is differentiated, with which weight, and which is reported.
 
-    Where the target is per node, the mean over a graph's nodes and coordinates, `[B, 1]`.
+    Attributes:
+      targets: T of them, each with the metric to report.
+      losses: of each, of `MEASURES`.
+      weights: of each; the loss of a graph is the weighted sum over its labels.
     """
-    error = ERRORS[name](prediction - batch.target)
-    if error.ndim == 2:
-        return error
-    total_B = jnp.where(batch.node_mask[..., None], error, 0.0).sum(axis=(1, 2))
-    count_B = jnp.maximum(batch.node_mask.sum(axis=1), 1) * error.shape[-1]
-    return (total_B / count_B)[:, None]
+
+    targets: tuple[Target, ...]
+    losses: tuple[str, ...]
+    weights: tuple[float, ...]
+
+    def loss_B(self, predictions: dict[str, Array], batch: Graph) -> Array:
+        """[B] weighted sum over targets, standardised; 0 for a graph that only fills up."""
+        error_BxT, _ = self._graph_errors(self.losses, predictions, batch)
+        return (error_BxT * jnp.asarray(self.weights, error_BxT.dtype)).sum(axis=1)
+
+    def errors_BxT(self, predictions: dict[str, Array], batch: Graph) -> tuple[Array, Array]:
+        """The reported measure of each graph before `finish`, and whether it has a label."""
+        return self._graph_errors([t.metric for t in self.targets], predictions, batch)
+
+    def _graph_errors(self, measures, predictions, batch: Graph) -> tuple[Array, Array]:
+        """Of a graph with labels per node: the mean over those nodes and their coordinates."""
+        errors, labelled = [], []
+        for target, measure in zip(self.targets, measures, strict=True):
+            mask = batch.label_mask[target.name]
+            error = predictions[target.name] - batch.labels[target.name]
+            error = MEASURES[measure].of_error(error)
+            if target.per_node:
+                width = error.shape[-1] if error.ndim > mask.ndim else 1
+                error = error.reshape(*mask.shape, width)
+                total_B = jnp.where(mask[..., None], error, 0.0).sum(axis=(1, 2))
+                errors.append(total_B / (jnp.maximum(mask.sum(axis=1), 1) * width))
+                labelled.append(mask.any(axis=1))
+            else:
+                errors.append(jnp.where(mask, error, 0.0))
+                labelled.append(mask)
+        return jnp.stack(errors, axis=1), jnp.stack(labelled, axis=1)
+
+
+def make_objective(targets: tuple[Target, ...], loss: str, losses, weights, metrics) -> Objective:
+    """Of the group `config.train`: one loss for all, and what single targets have instead.
+
+    Args:
+      targets: of the data set.
+      loss: of `MEASURES`, for every target that `losses` does not name.
+      losses: name of a target -> its own loss.
+      weights: name of a target -> its weight; 1 for the others. They are divided by T.
+      metrics: name of a target -> what is reported and chooses the best weights.
+    """
+    names = [target.name for target in targets]
+    for key, given in (("losses", losses), ("weights", weights), ("metrics", metrics)):
+        for name in given:
+            if name not in names:
+                raise UserError(
+                    f"config.train.{key} names {name!r}, which is no target of this run."
+                    f"{suggest(name, names)} Targets: {', '.join(names)}."
+                )
+    check_measure("config.train.loss", loss, as_loss=True)
+    targets = tuple(dataclasses.replace(t, metric=metrics.get(t.name, t.metric)) for t in targets)
+    for target in targets:
+        name = target.name
+        check_measure(f"config.train.losses.{name}", losses.get(name, loss), as_loss=True)
+        check_measure(f"config.train.metrics.{name}", target.metric)
+        if not 0 <= (weight := weights.get(name, 1.0)) < float("inf"):
+            raise UserError(f"config.train.weights.{name} ({weight}) must be 0 or more.")
+    return Objective(
+        targets,
+        tuple(losses.get(name, loss) for name in names),
+        tuple(weights.get(name, 1.0) / len(names) for name in names),
+    )
 
 
 @flax.struct.dataclass
 class TargetErrors(metrics.Metric):
-    """Sum of errors and count of graphs, per target; padding graphs weigh nothing.
+    """Sum of errors and count of graphs with a label, per target; padding weighs nothing.
 
     Sums leave the step and are added and divided on the host in float64, so the metric is
     exact whatever the batching. `compute` is in standardised units.
     """
 
     total: Array  # [T]
-    count: Array  # []
+    count: Array  # [T]
 
     @classmethod
-    def from_model_output(cls, errors: Array, mask: Array, **_):
-        """Args: `errors` [B, T] of `graph_errors`, `mask` [B] bool."""
-        errors = jnp.where(mask[:, None], errors, 0.0)
-        return cls(total=errors.sum(axis=0), count=mask.sum(dtype=errors.dtype))
+    def from_model_output(cls, errors: Array, labelled: Array, **_):
+        """Args: `errors` and `labelled` [B, T] of `Objective.errors_BxT`."""
+        errors = jnp.where(labelled, errors, 0.0)
+        return cls(total=errors.sum(axis=0), count=labelled.sum(axis=0, dtype=errors.dtype))
 
     @classmethod
     def empty(cls):
@@ -107,40 +195,3 @@ class TargetErrors(metrics.Metric):
 
     def compute(self):
         return self.total / np.maximum(self.count, 1)
-
-
-def error_scale(normalization: Normalization, metric: str) -> np.ndarray:
-    """[T] factors from standardised to reported errors."""
-    return normalization.scale ** {"mae": 1, "mse": 2}[metric]
-
-
-def trivial_errors(dataset: Dataset, graphs: np.ndarray) -> dict[str, np.ndarray]:
-    """Errors [T] of predictors that any model must beat, in reported units.
-
-    Graph targets: the mean over training. Positions: no motion, free flight, and the best
-    linear map of x and v (about the centre of mass; least squares over training).
-    """
-    train, arrays = dataset.split["train"], dataset.arrays
-    if not arrays.target_per_node:
-        mean_T = arrays.target[train].mean(axis=0)
-        return {"training_mean": np.abs(arrays.target[graphs] - mean_T).mean(axis=0)}
-
-    def parts(graphs):
-        """Target, position, velocity relative to the moving centre of mass; and its velocity."""
-        node = arrays.node_offset[graphs][:, None] + np.arange(arrays.sizes.num_nodes[0])
-        x, v, y = arrays.position[node], arrays.velocity[node], arrays.target[node]
-        x_com, v_com = x.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
-        return y - x_com - dataset.horizon * v_com, x - x_com, v - v_com, v_com
-
-    y, x, v, _ = parts(train)
-    columns = np.stack([x.ravel(), v.ravel()], axis=1)
-    weights, *_ = np.linalg.lstsq(columns, y.ravel(), rcond=None)
-    y, x, v, v_com = parts(graphs)
-    predictions = {
-        "no_motion": x - dataset.horizon * v_com,
-        "free_flight": x + dataset.horizon * v,
-        "linear": weights[0] * x + weights[1] * v,
-    }
-    return {
-        name: np.square(p - y).mean(keepdims=True).reshape(1) for name, p in predictions.items()
-    }

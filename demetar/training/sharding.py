@@ -1,11 +1,12 @@
-"""The mesh, and how arrays lie on it: three axes and one table of rules.
+"""The mesh, and how arrays lie on it: three axes and the rules of the model.
 
     data    each part computes other graphs; the state is repeated
     fsdp    each part computes other graphs, and holds a part of parameters, optimizer state and
             average; parameters are gathered for a step, gradients scattered after it
     model   all parts compute the same graphs; attention heads and the MLPs are divided
 
-Batches are split over `data` and `fsdp` together. Only the rules below decide what of the
+Batches are split over `data` and `fsdp` together. Only the model's rules (`SHARDING_RULES`: path of
+a parameter, and of its moments and average -> how its dimensions are divided) decide what of the
 state is divided; a leaf that no rule names is repeated.
 """
 
@@ -22,21 +23,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError
+from demetar.models.base import GraphModel
 
 AXES = ("data", "fsdp", "model")
 BATCH_AXES = ("data", "fsdp")
-
-# Path of a parameter (and of its moments and average) -> how its dimensions are divided; the
-# first that matches. The first matrix of a pair is divided by its columns, the second by its
-# rows (Shoeybi et al. 2019, Megatron-LM), so a block needs one sum after each pair.
-RULES = (
-    (r"/(query|kv)/kernel$", P("fsdp", "model")),
-    (r"/out/kernel$", P("model", "fsdp")),
-    (r"/Mlp_\d+/Dense_0/kernel$", P("fsdp", "model")),
-    (r"/Mlp_\d+/Dense_0/bias$", P("model")),
-    (r"/Mlp_\d+/Dense_1/kernel$", P("model", "fsdp")),
-    (r"/(kernel|table)$", P("fsdp")),
-)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices=None) -> Mesh:
@@ -94,21 +84,15 @@ def _nearest_meshes(sizes, num_devices: int) -> str:
     return " or ".join("x".join(map(str, s)) for s in sorted(shapes, key=distance)[:2])
 
 
-def check_model(mesh: Mesh, abstract_params, num_heads: int | None) -> None:
+def check_model_axis(mesh: Mesh, model: GraphModel, abstract_params) -> None:
     """Refuses an axis `model` that does not divide the heads and hidden units, or nothing."""
     size = mesh.shape["model"]
     if size == 1:
         return
-    if num_heads and num_heads % size:
-        fit = [m for m in range(1, num_heads + 1) if num_heads % m == 0]
-        nearest = min(fit, key=lambda m: abs(m - size))
-        raise UserError(
-            f"config.mesh.model ({size}) must divide the attention heads ({num_heads}); the "
-            f"nearest that does is {nearest}."
-        )
+    model.check_model_axis(size)
     divided = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params):
-        spec = _rule(_path(path))
+        spec = _rule(model.SHARDING_RULES, _path(path))
         for dimension, axis in enumerate(spec):
             if axis == "model":
                 divided += 1
@@ -128,18 +112,18 @@ def _path(path) -> str:
     return "/" + jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _rule(path: str) -> P:
-    return next((spec for pattern, spec in RULES if re.search(pattern, path)), P())
+def _rule(rules, path: str) -> P:
+    return next((spec for pattern, spec in rules if re.search(pattern, path)), P())
 
 
-def state_specs(mesh: Mesh, abstract_state):
-    """The rules applied to a state (or to parameters alone): a `PartitionSpec` for each leaf.
+def state_specs(mesh: Mesh, rules, abstract_state):
+    """A model's rules applied to a state (or to parameters alone): a `PartitionSpec` for each leaf.
 
     A dimension that `fsdp` does not divide stays whole; so does all of an axis of size 1.
     """
 
     def spec(path, leaf) -> P:
-        axes = _rule(_path(path))
+        axes = _rule(rules, _path(path))
         if len(axes) > leaf.ndim:
             return P()
         keep = [
@@ -160,9 +144,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_batch(mesh: Mesh, stacked: bool = False) -> NamedSharding:
-    """Splits a leading batch axis, or the second of `stacked` batches, over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(None, BATCH_AXES) if stacked else P(BATCH_AXES))
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """Splits a leading batch axis over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def over_all(mesh: Mesh) -> NamedSharding:
@@ -256,32 +240,24 @@ def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in indices]))
 
 
-def to_devices(tree, mesh: Mesh, batch_size: int, stacked: bool = False):
-    """Host arrays of this process's rows -> global arrays split over the batch axes.
-
-    Args:
-      tree: arrays [rows, ...]; or [steps, rows, ...] if `stacked`.
-      batch_size: rows over all processes.
-    """
-    sharding = over_batch(mesh, stacked)
+def to_devices(tree, mesh: Mesh, batch_size: int):
+    """Host arrays [rows, ...] of this process's rows -> global arrays split over the batch axes."""
+    sharding = over_batch(mesh)
     rows = process_rows(mesh, batch_size)
-    axis = 1 if stacked else 0
 
     def place(x: np.ndarray):
         def local(index):
-            wanted = np.arange(batch_size)[index[axis]]
+            wanted = np.arange(batch_size)[index[0]]
             start = np.searchsorted(rows, wanted[0])
-            own = slice(start, start + len(wanted))  # contiguous: one device's rows
-            return x[:, own] if stacked else x[own]
+            return x[start : start + len(wanted)]  # contiguous: one device's rows
 
-        shape = (*x.shape[:axis], batch_size, *x.shape[axis + 1 :])
-        return jax.make_array_from_callback(shape, sharding, local)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, local)
 
     return jax.tree.map(place, tree)
 
 
 @functools.lru_cache(maxsize=4)
-def flags(mesh: Mesh, raised: bool) -> jax.Array:
+def stop_flags(mesh: Mesh, raised: bool) -> jax.Array:
     """One number for each device, 1 where its process raises its flag.
 
     A step adds them up, so that all processes learn in the same step that one was asked to
@@ -292,8 +268,8 @@ def flags(mesh: Mesh, raised: bool) -> jax.Array:
     return jax.make_array_from_callback((mesh.size,), over_all(mesh), lambda index: value[index])
 
 
-def abstract_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Shape, type and sharding of `flags`."""
+def abstract_stop_flags(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of `stop_flags`."""
     return jax.ShapeDtypeStruct((mesh.size,), np.float32, sharding=over_all(mesh))
 
 

@@ -9,7 +9,8 @@ import hashlib
 
 import numpy as np
 
-from data_pipelines.errors import UserError, suggest
+from data_pipelines.dataset import PARTS
+from data_pipelines.errors import UserError, check_known
 from data_pipelines.qm9.sources import NUM_CHARACTERIZED, characterized_indices
 
 # name: (permutation of n positions, molecules for training, for validation); test: the rest.
@@ -24,16 +25,11 @@ _SPLITS = {
 # For data that are not the whole of QM9, such as the sample: 80 % / 10 % / 10 %.
 _FRACTIONS = "random"
 SPLIT_NAMES = (*_SPLITS, _FRACTIONS)
-PARTS = ("train", "validation", "test")
 
 
 def get_split(name: str, index_G: np.ndarray) -> dict[str, np.ndarray]:
     """Positions into `index_G` (ascending published numbers) of each part, int64."""
-    if name not in SPLIT_NAMES:
-        raise UserError(
-            f"Unknown config.data.split {name!r}.{suggest(name, SPLIT_NAMES)} "
-            f"Known: {', '.join(SPLIT_NAMES)}."
-        )
+    check_known("config.data.split", name, SPLIT_NAMES)
     num = len(index_G)
     if name == _FRACTIONS:
         order = np.random.RandomState(0).permutation(num)

@@ -1,0 +1,115 @@
+"""Operations written for the CPU's compiler, each beside its plain form.
+
+A plain form is what anyone would write; the other computes the same (`tests/test_ops.py`) and is
+there because XLA's CPU backend is slow on the plain one. `benchmarks/changes.py` says what each
+buys. Both hold on any backend.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+# --- matrix product of the rows of a batch -------------------------------------------------------
+
+
+def plain_matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
+    """`x @ kernel`, `[N, F]`."""
+    return x_NxD @ kernel_DxF
+
+
+@jax.custom_batching.custom_vmap
+def matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
+    """`plain_matmul`, whose batch is one product over all rows.
+
+    vmap of a matrix product keeps [B, N, D], and the gradient of that runs at half the speed on a
+    CPU. It asks for `grad(vmap(...))`: a custom rule of batching cannot be differentiated
+    outside of one.
+    """
+    return plain_matmul(x_NxD, kernel_DxF)
+
+
+@matmul.def_vmap
+def _matmul_of_batch(axis_size, in_batched, x_BxNxD, kernel_DxF):
+    x_batched, kernel_batched = in_batched
+    if x_batched and not kernel_batched:
+        flat = x_BxNxD.reshape(-1, x_BxNxD.shape[-1]) @ kernel_DxF
+        return flat.reshape(*x_BxNxD.shape[:-1], kernel_DxF.shape[-1]), True
+    axes = tuple(0 if batched else None for batched in in_batched)
+    return jax.vmap(jnp.matmul, axes, axis_size=axis_size)(x_BxNxD, kernel_DxF), True
+
+
+# --- moving rows ---------------------------------------------------------------------------------
+
+
+def plain_select_rows(index_N: Array, x_MxD: Array) -> Array:
+    """`x[index]`, `[N, D]`."""
+    return x_MxD[index_N]
+
+
+@jax.jit
+def select_rows(selector_NxM: Array, x_MxD: Array) -> Array:
+    """`plain_select_rows` (or a sum of a few rows), as a product with ones and zeros.
+
+    The gradient of a gather is a scatter-add, which runs on one thread of a CPU. A row of
+    `selector` holds a few ones or minus ones.
+    """
+    return matmul(selector_NxM, x_MxD)
+
+
+# The name that the traced function carries: `speed.flops` counts no operations in it, because a
+# gather has none.
+SELECTS = select_rows.__name__
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def plain_attend(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, bias_HxNxM: Array) -> Array:
+    """softmax(Q Kᵀ + bias) V of each head, `[H, N, d]`; the softmax in the type of the bias."""
+    return _attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)[0]
+
+
+@jax.custom_vjp
+def attend(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, bias_HxNxM: Array) -> Array:
+    """`plain_attend` with its gradient written out.
+
+    The products that autodiff makes of it take transposed operands, for which XLA on a CPU has no
+    fast product: 660 instead of 1140 us for 32 graphs of 20 tokens and 16 heads of 4, forward and
+    backward, on one core.
+    """
+    return _attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)[0]
+
+
+def _attend_forward(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM):
+    logits_HxNxM = jnp.einsum("hnd,hmd->hnm", q_HxNxd, k_HxMxd)
+    weights_HxNxM = jax.nn.softmax(logits_HxNxM.astype(bias_HxNxM.dtype) + bias_HxNxM)
+    mixed_HxNxd = jnp.einsum("hnm,hmd->hnd", weights_HxNxM.astype(v_HxMxd.dtype), v_HxMxd)
+    return mixed_HxNxd, (q_HxNxd, k_HxMxd, v_HxMxd, weights_HxNxM, mixed_HxNxd)
+
+
+def _attend_backward(kept, g_HxNxd):
+    q_HxNxd, k_HxMxd, v_HxMxd, weights_HxNxM, mixed_HxNxd = kept
+    dtype, wide = q_HxNxd.dtype, weights_HxNxM.dtype
+    # sum_m w_nm (g_n . v_m) = g_n . sum_m w_nm v_m: over d numbers instead of M.
+    mean_HxNx1 = (g_HxNxd.astype(wide) * mixed_HxNxd.astype(wide)).sum(axis=-1, keepdims=True)
+    of_weights_HxNxM = jnp.einsum("hnd,hmd->hnm", g_HxNxd, v_HxMxd).astype(wide)
+    of_logits_HxNxM = weights_HxNxM * (of_weights_HxNxM - mean_HxNx1)
+    small_HxNxM = of_logits_HxNxM.astype(dtype)
+
+    def over_queries(x_HxNxd, weights_HxNxM):
+        # The small operand is transposed, and apart: merged into the product it is slow again.
+        x_HxdxN = jax.lax.optimization_barrier(x_HxNxd.swapaxes(1, 2))
+        sum_HxdxM = jnp.einsum("hdn,hnm->hdm", x_HxdxN, weights_HxNxM)
+        return jax.lax.optimization_barrier(sum_HxdxM).swapaxes(1, 2)
+
+    return (
+        jnp.einsum("hnm,hmd->hnd", small_HxNxM, k_HxMxd),
+        over_queries(q_HxNxd, small_HxNxM),
+        over_queries(g_HxNxd, weights_HxNxM.astype(dtype)),
+        of_logits_HxNxM,
+    )
+
+
+attend.defvjp(_attend_forward, _attend_backward)
