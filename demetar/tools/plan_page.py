@@ -1,0 +1,133 @@
+"""A plan as a table, for the terminal and as a page."""
+
+import base64
+import html
+import io
+import pathlib
+
+from demetar.speed.topology import COLLECTIVES
+from demetar.tools.planner import Plan, size_text
+
+
+def rows_of(plan: Plan) -> list[tuple[str, str]]:
+    """Rows of the table: name, text."""
+    return [*_rows_known(plan), *_rows_predicted(plan)]
+
+
+def _rows_known(plan: Plan) -> list[tuple[str, str]]:
+    """What was compiled or counted."""
+    experiment, chip, config = plan.experiment, plan.chip, plan.experiment.config
+    graphs = config.data.batch_size
+    flops = plan.mean_over_buckets([c.total for c in plan.counted])
+    peak = chip.peak_flops.get(config.model.dtype, float("nan"))
+    mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
+    compiler = "the compiler for this chip gives none"
+    if plan.compiler_flops:
+        compiler = f"largest bucket {plan.counted[-1].total:.3e} counted, "
+        compiler += f"{plan.compiler_flops:.3e} compiler"
+    parts = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "all")
+    rows = [
+        ("config", f"{plan.num_parameters:,} parameters, {config.model.dtype}, batch {graphs}"),
+        ("topology", f"{plan.topology}: {plan.chips} chips, mesh {mesh}"),
+        (
+            "chip",
+            f"{size_text(chip.memory_bytes)}, {peak / 1e12:.0f} TFLOP/s, "
+            f"{chip.memory_bytes_per_s / 1e9:.0f} GB/s memory. {chip.source}",
+        ),
+        (
+            "memory of a chip",
+            f"{size_text(plan.memory['all'])} of {size_text(chip.memory_bytes)} "
+            f"({plan.memory['all'] / chip.memory_bytes:.1%}): {parts} "
+            f"(compiler, largest bucket: {experiment.dataset.buckets[-1].num_nodes} nodes)",
+        ),
+        (
+            "operations of a step",
+            f"{flops:.3e} (counted from the traced step, mean over buckets; "
+            f"{flops / graphs:.3e} for each of the {experiment.dataset.items}); {compiler}",
+        ),
+        (
+            "bytes of a step",
+            f"{plan.mean_over_buckets(plan.step_bytes):.3e} ({plan.bytes_source})",
+        ),
+    ]
+    for name in COLLECTIVES:
+        same = [c for c in plan.collectives if c.name == name]
+        if same:
+            groups = ", ".join(sorted({str(c.group) for c in same}))
+            total = sum(c.payload for c in same)
+            rows.append((name, f"{len(same)} a step, {total / 1e6:.2f} MB, groups of {groups}"))
+    return rows
+
+
+def _rows_predicted(plan: Plan) -> list[tuple[str, str]]:
+    """What follows from it: the fastest that the machine could be."""
+    config, items = plan.experiment.config, plan.experiment.dataset.items
+    compute, talk = plan.compute_seconds(), plan.communication_seconds()
+    seconds = compute + talk
+    days = config.train.num_steps * seconds / 86_400
+    return [
+        (
+            "PREDICTED step",
+            f"{seconds * 1e3:.3f} ms = {compute * 1e3:.3f} ms computing + {talk * 1e3:.3f} ms "
+            "communicating. Roofline: max(operations / peak, bytes / bandwidth), then all "
+            "collectives as rings at full link speed, nothing hidden. Latencies, launches and "
+            "kernels below peak are left out: a real step is slower, for small ones many times",
+        ),
+        ("PREDICTED rate", f"{config.data.batch_size / seconds:,.0f} {items}/s"),
+        (
+            "PREDICTED weak scaling",
+            ", ".join(f"{n}: {e:.1%}" for n, e in plan.scaling())
+            + ". E(n) = T(unit) / T(n), T(n) = computing + rings over n, the batch of a chip kept",
+        ),
+        (
+            "PREDICTED training",
+            f"{config.train.num_steps:,} steps: {days * 24:.2f} hours ({days:.3f} days), "
+            f"{days * 24 * plan.chips:,.1f} chip-hours, without evaluation, saving and compiling",
+        ),
+    ]
+
+
+def as_text(rows: list[tuple[str, str]]) -> str:
+    """For the terminal."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+
+
+def write_html(file: pathlib.Path, plan: Plan, rows: list[tuple[str, str]]) -> None:
+    """The table, and a plot of the predicted weak scaling; one file, nothing to fetch."""
+    image = base64.b64encode(_picture(plan)).decode()
+    table = "\n".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
+    )
+    file.write_text(
+        "<!doctype html><meta charset=utf-8>"
+        f"<title>demetar plan {html.escape(plan.topology)}</title>"
+        "<style>body{font:16px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        "th{text-align:left;vertical-align:top;white-space:nowrap;padding:.3em 1em .3em 0}"
+        "td{padding:.3em 0}</style>"
+        f"<h1>{html.escape(plan.topology)}</h1><table>{table}</table>"
+        f'<img alt="predicted weak scaling" src="data:image/png;base64,{image}" width=640>\n'
+    )
+
+
+def _picture(plan: Plan) -> bytes:
+    """PNG of the predicted weak scaling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    chips, efficiency = zip(*plan.scaling(), strict=True)
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    axis.plot(chips, [100 * e for e in efficiency], "o-")
+    axis.axvline(plan.chips, color="grey", linestyle=":", label=f"this plan: {plan.chips} chips")
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(chips, [str(n) for n in chips])
+    axis.set_ylim(0, 105)
+    axis.set_xlabel("chips")
+    axis.set_ylabel("predicted weak-scaling efficiency [%]")
+    axis.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    plt.close(figure)
+    return picture.getvalue()
