@@ -1,30 +1,48 @@
-"""`metrics.jsonl` and event files: the named numbers of a run.
+"""`metrics.jsonl` and other writers: the named numbers of a run.
 
 `metrics.jsonl` is a public interface: one JSON object a line with `step`, `split` and named
 values. After a resume, lines of steps that will be run again are dropped first, so that each
-step stands there once.
+step stands there once. What else is written, `config.log.writers` says: rows of
+`demetar/records/writers.py`.
 """
 
 import json
 import os
 import pathlib
-
-import tensorboardX
+from collections.abc import Sequence
+from typing import Any
 
 from demetar.records.files import read_jsonl
+from demetar.records.writers import Background, Run, check_writers, close_all
 
 
 class Writers:
-    """Writes metrics to `metrics.jsonl` and event files, on process 0; elsewhere nothing.
+    """Writes metrics to `metrics.jsonl` and to the writers, on process 0; elsewhere nothing.
 
     Args:
       workdir: of the run.
       step: from which the run goes on.
       last_eval_step: evaluations up to this step are kept.
+      config_json: the resolved config as JSON values.
+      names: `config.log.writers`.
+      project: `config.log.project`.
       is_main: whether this is process 0.
+
+    Raises:
+      UserError: on every process, if a writer does not exist or its package is not installed.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, last_eval_step: int, is_main: bool):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        last_eval_step: int,
+        config_json: dict[str, Any],
+        names: Sequence[str],
+        project: str,
+        is_main: bool,
+    ):
+        check_writers(names)
         self._is_main = is_main
         if not is_main:
             return
@@ -38,7 +56,8 @@ class Writers:
         unfinished.write_text("".join(json.dumps(line) + "\n" for line in keep))
         os.replace(unfinished, self._file)
         self._stream = self._file.open("a")
-        self._events = tensorboardX.SummaryWriter(str(workdir / "events"), purge_step=step + 1)
+        run = Run(workdir, step, config_json, project)
+        self._writers = [Background(name, run) for name in dict.fromkeys(names)]
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one point of each curve."""
@@ -46,16 +65,19 @@ class Writers:
             return
         self._stream.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._stream.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{split}/{name}", value, step)
+        self._scalars(step, split, values)
 
     def write_speed(self, step: int, values: dict[str, float]) -> None:
         """Points of curves only: what depends on the clock has no place in metrics.jsonl."""
         if self._is_main:
-            for name, value in values.items():
-                self._events.add_scalar(f"speed/{name}", value, step)
+            self._scalars(step, "speed", values)
+
+    def _scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        for writer in self._writers:
+            writer.scalars(step, named)
 
     def close(self) -> None:
         if self._is_main:
             self._stream.close()
-            self._events.close()
+            close_all(self._writers)
