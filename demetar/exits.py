@@ -34,12 +34,12 @@ class Preempted(Exception):
 
 
 def exits_cleanly(main):
-    """Wraps a command of one process: a `UserError` is a message and an exit code."""
+    """Wraps a command: a `UserError` is a message and an exit code, not a traceback."""
 
     @functools.wraps(main)
     def wrapped(argv):
         try:
-            main(argv)
+            return main(argv)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(error.exit_code)

@@ -3,21 +3,20 @@
 The only module that knows `jax.distributed`. A job of one process is the same code with
 nobody to wait for.
 
-    with cluster.job(...) as job:       joins the others at its place, watches them
+    with join_job(place, workdir, config.cluster) as job:   finds the others, watches them
         ... data, model ...
-        job.agree(facts)                all have the same config, code, data, plan, checkpoint
+        job.agree(facts)                 all have the same config, code, data, plan, checkpoint
         ... training; job.interruption.requested, job.watch.phase(...) ...
-                                        leaves with everyone, or says why not
+                                         leaves with everyone, or says why not
+
+A reader, a measurement or a test, which nobody watches or stops, is `Job.alone()`.
 """
 
 import concurrent.futures
 import contextlib
-import ctypes
-import hashlib
 import json
 import os
 import pathlib
-import signal
 import socket
 import sys
 import time
@@ -26,23 +25,21 @@ from collections.abc import Iterator
 
 import jax
 import ml_collections
-from jax._src import distributed  # its key-value store and barriers have no public name
+
+# Its key-value store and barriers have no public name. The plain form, `multihost_utils`, is
+# collectives of the devices: they compile, they hang where a process is lost, and no time limit
+# ends them.
+from jax._src import distributed
 
 from data_pipelines.errors import UserError
-from demetar.exits import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_NO_PROGRESS,
-    EXIT_PREEMPTED,
-    NoProgress,
-    Preempted,
-)
+from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
+from demetar.job import failures
+from demetar.job.abort import on_abort
+from demetar.job.agreement import odd_one_out
 from demetar.job.place import Place
 from demetar.job.signals import Interruption
-from demetar.job.watch import Watch
-from demetar.records import files, log
-
-_MAX_FAILURES = 3  # at one step
+from demetar.job.watch import UNWATCHED, Unwatched, Watch
+from demetar.records import log
 
 
 class Job:
@@ -53,24 +50,38 @@ class Job:
       count: of all.
       source: what said so.
       interruption: whether this process was asked to stop.
-      watch: tells the others what this one does.
+      watch: tells the others what this one does; `UNWATCHED` until it has appeared.
       attempt: name of this start, the same on all processes.
       background: one thread for what may run beside the steps; what it has not begun when the
         job ends, however it ends, is given up.
     """
 
-    def __init__(self, place: Place, workdir: pathlib.Path, config: ml_collections.ConfigDict):
+    def __init__(
+        self, place: Place, workdir: pathlib.Path | None, config: ml_collections.ConfigDict | None
+    ):
         self._place, self._workdir, self._config = place, workdir, config
         self.source, self.process, self.count = place.source, place.process, place.count
         self.attempt = f"{time.time_ns()}"
-        self.watch: Watch | None = None
+        self.watch: Watch | Unwatched = UNWATCHED
         self.background = concurrent.futures.ThreadPoolExecutor(1, "background")
         self.interruption = Interruption(self._leave_at_once)
-        self.interruption.install()
 
-    def join(self) -> None:
-        """Becomes visible, waits for the others, and checks that all see one workdir."""
+    @classmethod
+    def alone(cls) -> "Job":
+        """The job of one process that nobody watches, waits for or asks to stop."""
+        return cls(Place("one process"), None, None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is process 0, which alone writes what is shared."""
+        return self.process == 0
+
+    # --- starting -------------------------------------------------------------------------------
+
+    def appear(self) -> None:
+        """Hears signals, and becomes visible to the others in the workdir."""
         config = self._config
+        self.interruption.install()
         if self.process is None:  # only JAX can tell who we are
             self._initialize()
             state = distributed.global_state
@@ -79,19 +90,15 @@ class Job:
             self._workdir, self.process, self.count, config.lost_seconds, config.stuck_seconds
         )
         log.open_log(self._workdir, self.process, self.count)
+
+    def meet(self) -> None:
+        """Waits for the others, and checks that all see one workdir."""
         if self.count == 1:
             return
-        _on_abort(self._jax_gave_up)
+        on_abort(self._jax_gave_up)
         if not jax.distributed.is_initialized():
             self._initialize()
         self._check_workdir()
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is process 0, which alone writes what is shared."""
-        return self.process == 0
-
-    # --- starting -------------------------------------------------------------------------------
 
     def _initialize(self) -> None:
         place, config = self._place, self._config
@@ -142,13 +149,13 @@ class Job:
         Afterwards a signal no longer ends a process by itself: all stop together.
 
         Args:
-          facts: name -> JSON; config, code version, data passport, batch plan.
+          facts: name -> JSON; config, data passport, code, batch plan, checkpoint.
         """
         if self.count > 1:
             self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
             if self.is_main:
                 told = [json.loads(self._get(f"demetar/facts/{n}")) for n in range(self.count)]
-                self._client.key_value_set("demetar/verdict", _odd_one_out(told))
+                self._client.key_value_set("demetar/verdict", odd_one_out(told))
             verdict = self._get("demetar/verdict")
             if verdict:
                 raise UserError(verdict)
@@ -184,7 +191,7 @@ class Job:
 
     def finish(self, how: str, code: int) -> None:
         """Leaves together: no process says that it is done before all are."""
-        self.watch.phase("report")
+        self.watch.phase("end")
         self.barrier(f"end-{how}")
         self.watch.end(how, code)
         if self.count > 1:
@@ -206,45 +213,22 @@ class Job:
             log.complain("".join(traceback.format_exception(error)))
             code = EXIT_FAILED
         if code == EXIT_FAILED:
-            code = self._count_failure(error)
+            code = failures.count_failure(
+                self._workdir, self.attempt, self.process, self.watch.step, error
+            )
         self.watch.end(f"{type(error).__name__}: {error}", code)
         self.watch.wait_to_be_heard()
         return code
 
     def check_progress(self, step: int) -> None:
-        """Refuses to try a step again at which the run has failed by itself three times.
-
-        Being killed, lost or preempted never counts: a process that is killed writes nothing.
-        """
-        failures = self._failures()
-        for failed_at in {line["step"] for line in failures if line["step"] >= step}:
-            errors = {x["attempt"]: x["error"] for x in failures if x["step"] == failed_at}
-            if len(errors) >= _MAX_FAILURES:
-                raise NoProgress(
-                    f"This run has failed {len(errors)} times at step {failed_at}, at last with: "
-                    f"{list(errors.values())[-1]} To try again nevertheless, delete "
-                    f"{self._workdir / 'failures.jsonl'}."
-                )
-
-    def _failures(self) -> list[dict]:
-        return files.read_jsonl(self._workdir / "failures.jsonl")
-
-    def _count_failure(self, error: BaseException) -> int:
-        line = {"attempt": self.attempt, "process": self.process, "step": self.watch.step}
-        line |= {"error": f"{type(error).__name__}: {error}"[:500]}
-        try:
-            with (self._workdir / "failures.jsonl").open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-        except OSError:
-            return EXIT_FAILED
-        attempts = {x["attempt"] for x in self._failures() if x["step"] == self.watch.step}
-        return EXIT_FAILED if len(attempts) < _MAX_FAILURES else EXIT_NO_PROGRESS
+        """Refuses to go on from `step` to one at which the run has failed three times."""
+        if self._workdir is not None:
+            failures.check_progress(self._workdir, step)
 
     def _leave_at_once(self, message: str) -> None:
         log.complain(f"{message} The same command goes on from there.")
-        if self.watch is not None:
-            self.watch.end("preempted", EXIT_PREEMPTED)
-            self.watch.wait_to_be_heard()
+        self.watch.end("preempted", EXIT_PREEMPTED)
+        self.watch.wait_to_be_heard()
         os._exit(EXIT_PREEMPTED)
 
     def _jax_gave_up(self) -> None:
@@ -264,6 +248,7 @@ class Job:
                 "or at the coordinator's address."
             )
         self.watch.wait_for_verdict()
+        self.watch.dump_stacks()
 
 
 @contextlib.contextmanager
@@ -277,66 +262,27 @@ def join_job(
       workdir: of the run, shared by all processes.
       config: the group `cluster`.
     """
-    joined = Job(place, workdir, config)
+    job = Job(place, workdir, config)
+    job.appear()  # an error before that has nobody to be told but the caller
     try:
-        joined.join()
+        job.meet()
         how, code = "done", EXIT_DONE
         try:
-            yield joined
+            yield job
         except Preempted as stop:
             log.say(f"{stop} The same command goes on from there.")
             how, code = "preempted", EXIT_PREEMPTED
-        joined.finish(how, code)
+        job.finish(how, code)
         if code == EXIT_DONE:
             return
     except BaseException as error:
-        if joined.watch is None:
-            raise
-        code = joined.fail(error)
+        code = job.fail(error)
     finally:
-        joined.background.shutdown(wait=False, cancel_futures=True)
+        job.background.shutdown(wait=False, cancel_futures=True)
     sys.stdout.flush()
     sys.stderr.flush()
     # sys.exit would wait in a barrier of JAX for those that are gone, and for what compiles.
     os._exit(code)
-
-
-def code_sha256() -> str:
-    """SHA-256 over the sources of both packages: processes must run the same code."""
-    root = pathlib.Path(__file__).parents[2]
-    digest = hashlib.sha256(jax.__version__.encode())
-    for package in ("demetar", "data_pipelines"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _odd_one_out(told: list[dict]) -> str:
-    """What to say about processes whose facts differ from those of most; empty if none does."""
-    for name in told[0]:
-        values = [json.dumps(facts[name], sort_keys=True) for facts in told]
-        most = max(values, key=values.count)
-        odd = [n for n, value in enumerate(values) if value != most]
-        if odd:
-            first = odd[0]
-            usual = next(n for n, value in enumerate(values) if value == most)
-            differences = _differences(told[first][name], told[usual][name])
-            return (
-                f"Process {', '.join(map(str, odd))} of {len(told)} differs from the others in its "
-                f"{name}: {differences}. All processes must run one command, one version, on the "
-                "same data."
-            )
-    return ""
-
-
-def _differences(odd, usual, prefix: str = "") -> str:
-    if isinstance(odd, dict) and isinstance(usual, dict):
-        keys = [k for k in odd.keys() | usual.keys() if odd.get(k) != usual.get(k)]
-        return "; ".join(
-            _differences(odd.get(k), usual.get(k), f"{prefix}.{k}" if prefix else k)
-            for k in sorted(keys)
-        )
-    return f"{prefix} {odd!r}, elsewhere {usual!r}" if prefix else f"{odd!r}, elsewhere {usual!r}"
 
 
 def _check_port(coordinator: str) -> None:
@@ -353,27 +299,14 @@ def _check_port(coordinator: str) -> None:
 
 
 def _may_be_a_lost_process(error: BaseException) -> bool:
+    """Whether an error may come from a process that is gone.
+
+    Libraries raise it as all kinds of errors, so their words decide. The plain form, to wait for
+    the watch after every error, would leave the others in a collective with a process that has
+    failed by itself; they then fail first, of that, and the cause is told last.
+    """
     text = str(error).lower()
     return any(
         word in text
         for word in ("gloo", "nccl", "peer", "connection", "unavailable", "barrier", "heartbeat")
     )
-
-
-_handlers = []  # ctypes does not hold them
-
-
-def _on_abort(handler) -> None:
-    """Calls `handler` where a library calls abort(): JAX does, when the coordinator is gone.
-
-    In the thread that aborts, which is not inside Python. abort() goes on if it returns.
-    """
-
-    @ctypes.CFUNCTYPE(None, ctypes.c_int)
-    def handle(number):
-        handler()
-
-    _handlers.append(handle)
-    libc = ctypes.CDLL(None)
-    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    libc.signal(signal.SIGABRT, ctypes.cast(handle, ctypes.c_void_p))

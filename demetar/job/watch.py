@@ -32,7 +32,7 @@ from demetar.exits import EXIT_DONE, EXIT_LOST, EXIT_PREEMPTED
 from demetar.records import log
 
 # These may take as long as they take. Compiling and saving have no sign of life to show.
-_UNLIMITED = ("start", "data", "compile", "save", "report")
+_UNLIMITED = ("start", "data", "compile", "save", "end")
 _GRACE_SECONDS = 5  # for this process to end by itself, once another has ended
 _LEASE_SECONDS = 120  # after which a file server forgets the locks of a machine that is gone
 _BYTES = 1024  # of a file: fixed, so that a full disk cannot stop a heartbeat
@@ -46,6 +46,24 @@ class _Peer:
     changed_at: float
     facts: dict
     seen: bool = False  # it has changed since this process began to look
+
+
+class Unwatched:
+    """In the place of a `Watch` where nobody watches: says nothing, waits for nobody."""
+
+    step = 0
+
+    def phase(self, name: str, step: int | None = None) -> None:
+        pass
+
+    def end(self, how: str, code: int) -> None:
+        pass
+
+    def wait_to_be_heard(self) -> None:
+        pass
+
+
+UNWATCHED = Unwatched()
 
 
 class Watch:
@@ -256,11 +274,15 @@ class Watch:
             return f"{self._about(number, peer)} was asked to stop."
         return f"{self._about(number, peer)} ended: {how}"
 
+    def dump_stacks(self) -> None:
+        """Writes what each thread of this process does to its log."""
+        faulthandler.dump_traceback(self._stacks, all_threads=True)
+
     def leave(self, message: str, code: int = EXIT_LOST) -> NoReturn:
         """Ends this process from whatever thread: says why, and leaves its stacks in the log."""
         log.complain(message)
         if code == EXIT_LOST:
-            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self.dump_stacks()
         self.end("follows another process", code)
         os._exit(code)
 
