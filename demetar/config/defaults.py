@@ -40,7 +40,7 @@ DEFAULTS = {
     },
     "optim": {
         "name": "adamw",  # a row of OPTIMIZERS in demetar/training/optim.py
-        "learning_rate": 5e-4,  # at its highest, after the warm-up
+        "learning_rate": 1e-3,  # at its highest, after the warm-up
         "schedule": "cosine",  # a row of SCHEDULES in demetar/training/optim.py
         "warmup_steps": 500,  # steps in which the rate rises from 0; fewer than train.num_steps
         "clip_norm": 1.0,  # most that the global norm of the gradient may be; 0: no limit
@@ -63,7 +63,7 @@ DEFAULTS = {
     "log": {
         "every_steps": 100,  # steps between lines of progress and of metrics.jsonl
         "graphs": False,  # also which graphs each process computed in each step, in graph_log/
-        "writers": ("tensorboard",),  # beside metrics.jsonl: rows of demetar/records/metrics.py
+        "writers": ("tensorboard",),  # beside metrics.jsonl: rows of demetar/records/writers.py
         "project": "demetar",  # that a writer on a server puts the run into
     },
     "cluster": {
