@@ -14,9 +14,7 @@ import math
 import jax
 import numpy as np
 
-# A jitted function whose name starts so moves rows by products with ones and zeros, in the place
-# of a gather or scatter: no operations of the model.
-SELECTS = "select_rows"
+from demetar.models.ops import SELECTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +58,8 @@ def _of_jaxpr(jaxpr) -> Count:
         inner = [_of_jaxpr(j) for j in _inner_jaxprs(params)]
         if name == "dot_general":
             total += _of_dot(equation)
-        elif str(params.get("name", "")).startswith(SELECTS):
-            pass
+        elif params.get("name") == SELECTS:
+            pass  # a gather or scatter, as a product with ones and zeros: nothing of the model
         elif name == "cond":
             total += max(inner, key=lambda c: c.total)
         elif name == "scan":
