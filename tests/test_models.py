@@ -13,36 +13,39 @@ from conftest import random_graph
 
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.errors import UserError
+from data_pipelines.targets import Target
 from demetar.models import MODELS, apply_one, create_model
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module
 from demetar.models import egnn as egnn_module
-from demetar.models.layers import SYMMETRIES
+from demetar.models.base import SYMMETRIES
+from demetar.models.layers import messages_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SEED = dict(
+POST = dict(
     name="demetar", width=16, num_heads=4, edge_layers=1, node_layers=1, joint_layers=1,
     mlp_ratio=2, num_radial=8,
 )  # fmt: skip
 MOLECULES = {
-    "default": SEED,
-    "blog": SEED | {"scaling": "blog"},
-    "seed": SEED | {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
-    "shared_node": SEED | {"edge_attention": "shared_node"},
-    "mean": SEED | {"readout": "mean"},
-    "environment": SEED | {"environment": True},
-    "along_edges": SEED | {"attention": "edges", "edge_attention": "none"},
-    "remat": SEED | {"remat": True},
+    "default": POST,
+    "blog": POST | {"scaling": "blog"},
+    "post": POST | {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
+    "shared_node": POST | {"edge_attention": "shared_node"},
+    "mean": POST | {"readout": "mean"},
+    "node": POST,
+    "environment": POST | {"environment": True},
+    "along_edges": POST | {"attention": "edges", "edge_attention": "none"},
+    "remat": POST | {"remat": True},
     "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),
 }
 PARTICLES = {
-    "none": SEED | {"equivariance": "none"},
-    "translation": SEED | {"equivariance": "translation"},
-    "com": SEED | {"equivariance": "com"},
-    "velocity": SEED | {"equivariance": "velocity"},
-    "node_only": SEED | {"cross_attention": False, "edge_layers": 0},
-    "edge_cross": SEED | {"edge_layers": 0},
+    "none": POST | {"equivariance": "none"},
+    "translation": POST | {"equivariance": "translation"},
+    "com": POST | {"equivariance": "com"},
+    "velocity": POST | {"equivariance": "velocity"},
+    "node_only": POST | {"cross_attention": False, "edge_layers": 0},
+    "edge_cross": POST | {"edge_layers": 0},
     "e3": dict(name="demetar_e3", width=16, rounds=3, num_invariants=4),
     "egnn": dict(name="egnn", width=16, num_layers=3),
     "linear": dict(name="linear"),
@@ -52,13 +55,19 @@ PARTICLES = {
 VARIANTS = MOLECULES | PARTICLES
 
 
+ELEMENTS = (1, 6, 7, 8, 9, 16, 17, 35)
+GRAPH_TARGETS = (Target("first", "eV", readout="cls"), Target("second", "eV"))
+NODE_TARGETS = (Target("own", "e", readout="node"), Target("sum", "eV"))
+POSITIONS = (Target("position", "length", readout="position", normalization="none"),)
+
+
 def build(variant="default", **more):
     """A small model and random weights: a zero in the initial ones could hide a broken path."""
-    options = {"readout": "auto", "dtype": "float64"} | VARIANTS[variant] | more
+    options = {"dtype": "float64"} | VARIANTS[variant] | more
     particles = variant in PARTICLES
-    model = create_model(
-        target_readouts=("position",) if particles else ("cls", "sum"), horizon=0.7, **options
-    )
+    targets = POSITIONS if particles else NODE_TARGETS if variant == "node" else GRAPH_TARGETS
+    facts = {"elements": ELEMENTS, "horizon": 0.7}
+    model = create_model(targets=targets, facts=facts, **options)
     example = random_graph(np.random.default_rng(0), particles=particles)
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)
     rng = np.random.default_rng(1)
@@ -67,7 +76,7 @@ def build(variant="default", **more):
 
 
 def graph_for(model, *arguments, **options):
-    return random_graph(*arguments, particles=model.readouts == ("position",), **options)
+    return random_graph(*arguments, particles=model.position is not None, **options)
 
 
 predict = jax.jit(apply_one, static_argnums=0)
@@ -76,7 +85,10 @@ predict = jax.jit(apply_one, static_argnums=0)
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradients(model, params, graph):
     """A loss, and its gradients by parameters and positions; compiled once per model."""
-    loss = lambda p, x: (apply_one(model, p, graph.replace(position=x)) ** 2).sum()
+    def loss(p, x):
+        predictions = apply_one(model, p, graph.replace(position=x))
+        return sum((value**2).sum() for value in predictions.values())
+
     return jax.value_and_grad(loss, argnums=(0, 1))(params, graph.position)
 
 
@@ -84,7 +96,12 @@ incidence = e3_module._incidence
 
 
 def output(model, params, graph):
-    return np.asarray(predict(model, params, graph))
+    """Targets of the graph, [T]; or of its nodes, [N] or [N, 3], if there is one."""
+    predictions = predict(model, params, graph)
+    of_nodes = [t.name for t in model.targets if t.per_node]
+    if of_nodes:
+        return np.asarray(predictions[of_nodes[0]])
+    return np.stack([predictions[t.name] for t in model.targets])
 
 
 def turn(rng, reflect):
@@ -142,16 +159,16 @@ def check_symmetries(model, params):
     graph = graph_for(model, rng)
     n = int(graph.node_mask.sum())
     before = output(model, params, graph)
-    of_nodes = before.ndim == 2
+    moves, of_nodes = before.ndim == 2, model.targets[0].per_node
     rotation, reflection, shift = turn(rng, False), turn(rng, True), rng.normal(size=3) * 10
     permutation, atoms = permuted(graph, rng)
     after = lambda changed: output(model, params, changed)[: n if of_nodes else None]
     before = before[:n] if of_nodes else before
-    # Positions turn and shift with the input; graph targets stay.
+    # Positions turn and shift with the input; numbers of graphs and nodes stay.
     expected = {
-        "rotation": before @ rotation.T if of_nodes else before,
-        "reflection": before @ reflection.T if of_nodes else before,
-        "translation": before + shift if of_nodes else before,
+        "rotation": before @ rotation.T if moves else before,
+        "reflection": before @ reflection.T if moves else before,
+        "translation": before + shift if moves else before,
         "permutation": before[atoms] if of_nodes else before,
     }
     found = {
@@ -197,6 +214,21 @@ def test_depends_on_geometry_types_and_bonds(variant):
         assert np.abs(output(model, params, changed) - expected).max() > 1e-6, name
 
 
+@pytest.mark.parametrize("variant", MOLECULES)
+def test_every_element_of_the_data_is_told_apart(variant):
+    """No two share a row: sulphur is not chlorine, and bromine not a missing one."""
+    model, params = build(variant)
+    graph = random_graph(np.random.default_rng(4))
+    first = np.arange(len(graph.atomic_number)) == 0
+    outputs = [
+        output(model, params, graph.replace(atomic_number=np.where(first, z, graph.atomic_number)))
+        for z in ELEMENTS
+    ]
+    for k, one in enumerate(outputs):
+        for other in outputs[:k]:
+            assert np.abs(one - other).max() > 1e-6
+
+
 @pytest.mark.parametrize("variant", sorted(set(PARTICLES) - {"linear"}))
 def test_depends_on_positions_velocities_and_charges(variant):
     model, params = build(variant)
@@ -240,13 +272,13 @@ def test_a_broken_model_fails_the_suite(broken, monkeypatch):
     if broken == "direction":  # an edge's feature depends on which end is the sender
         monkeypatch.setattr(demetar_module, "_share_a_node", lambda s, r: s[:, None] < r[None])
         check, broken_model = check_symmetries, build("shared_node", radial_cutoff=4.1)
-    elif broken == "inverted_mask":  # the seed's own defect: attends to padding only
+    elif broken == "inverted_mask":  # the post's own defect: attends to padding only
         monkeypatch.setattr(demetar_module, "mask_bias", lambda m: jnp.where(m, -1e30, 0.0))
         check, broken_model = check_padding, build(radial_cutoff=4.2)
     elif broken == "position":  # a feature that is not invariant
         monkeypatch.setattr(demetar_module, "safe_norm", lambda x: x[..., 0])
         check, broken_model = check_symmetries, build(radial_cutoff=4.3)
-    elif broken == "elementwise_gate":  # the seed's own defect: three gates times a 3-vector
+    elif broken == "elementwise_gate":  # the post's own defect: three gates times a 3-vector
         mlp = demetar_module.Mlp
         monkeypatch.setattr(
             demetar_module, "Mlp", lambda hidden, features, *a, **k: mlp(hidden, 3, *a, **k)
@@ -265,8 +297,9 @@ def test_batch_equals_singles(model_and_params):
     graphs = [graph_for(model, rng, n, e) for n, e in ((7, 9), (10, 14), (1, 0), (2, 1))]
     batch = jax.tree.map(lambda *x: np.stack(x), *graphs)
     batched = jax.jit(jax.vmap(lambda g: model.apply({"params": params}, g)))(batch)
-    singles = np.stack([output(model, params, g) for g in graphs])
-    np.testing.assert_allclose(batched, singles, rtol=1e-10, atol=1e-12)
+    for target in model.targets:
+        singles = np.stack([predict(model, params, g)[target.name] for g in graphs])
+        np.testing.assert_allclose(batched[target.name], singles, rtol=1e-10, atol=1e-12)
 
 
 def check_padding(model, params):
@@ -274,7 +307,7 @@ def check_padding(model, params):
     large = graph_for(model, np.random.default_rng(6), bucket=Bucket(29, 40))
     few, many = output(model, params, small), output(model, params, large)
     np.testing.assert_allclose(few, many[: len(few)], rtol=1e-10, atol=1e-11)
-    assert not many[len(few) :].any()
+    assert not many[len(few) :].any()  # of nodes that are not there
 
 
 def test_amount_of_padding_does_not_matter(model_and_params):
@@ -322,13 +355,14 @@ def test_finite_output_and_gradients(model_and_params):
 def test_jit_equals_no_jit(variant):
     model, params = build(variant)
     graph = graph_for(model, np.random.default_rng(9))
-    np.testing.assert_allclose(
-        apply_one(model, params, graph), output(model, params, graph), rtol=1e-12, atol=1e-12
-    )
+    for name, value in apply_one(model, params, graph).items():
+        np.testing.assert_allclose(
+            value, predict(model, params, graph)[name], rtol=1e-12, atol=1e-12
+        )
 
 
 def test_every_parameter_matters(model_and_params):
-    """A dead branch (the seed threw its edge encoder away) would have zero gradient."""
+    """A dead branch (the post's code threw its edge encoder away) would have zero gradient."""
     model, params = model_and_params
     graph = graph_for(model, np.random.default_rng(10))
     _, (grad, _) = loss_and_gradients(model, params, graph)
@@ -382,7 +416,7 @@ def test_split_edge_layer_is_the_joined_one():
     """W [h_i, h_j, s] = W_1 h_i + W_2 h_j + w_3 s: EGNN's first layer, never concatenated."""
     rng = np.random.default_rng(17)
     graph = random_graph(rng)
-    messages = egnn_module._messages_of(graph)
+    messages = messages_of(graph)
     h_NxD = rng.normal(size=(len(graph.node_mask), 4))
     s_Mx1 = rng.normal(size=messages.mask_Mx1.shape)
     w_1, w_2, w_3 = rng.normal(size=(4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(1, 6))
