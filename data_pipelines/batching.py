@@ -51,6 +51,12 @@ class GraphArrays:
         """Nodes and edges of each graph."""
         return Sizes(np.diff(self.node_offset), np.diff(self.edge_offset))
 
+    @functools.cached_property
+    def incomplete(self) -> frozenset[str]:
+        """Targets of which at least one label is missing."""
+        columns = self.graph_labels | self.node_labels
+        return frozenset(name for name, column in columns.items() if np.isnan(column).any())
+
     def nodes_of(self, graphs_g: np.ndarray) -> np.ndarray:
         """Row numbers of the nodes of these graphs, one graph after the other."""
         start_g, count_g = self.node_offset[graphs_g], self.sizes.num_nodes[graphs_g]
@@ -92,10 +98,12 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
         (node, node_mask, arrays.node_labels),
     ):
         for name, column in columns.items():
-            values = column[rows]
-            missing = np.isnan(values)
-            mask = real & ~(missing.any(axis=-1) if values.ndim > real.ndim else missing)
-            labels[name], label_mask[name] = masked(values, mask), mask
+            values, mask = column[rows], real
+            if name in arrays.incomplete:
+                missing = np.isnan(values)
+                mask = real & ~(missing.any(axis=-1) if values.ndim > real.ndim else missing)
+                label_mask[name] = mask
+            labels[name] = masked(values, mask)
     return Graph(
         position=per_node(arrays.position),
         atomic_number=np.where(node_mask, arrays.atomic_number[node], 0).astype(np.int32),

@@ -46,7 +46,8 @@ class Graph:
       charge: [N] float, or None.
       labels: name of a target -> [], [N] or [N, 3] float, as a model predicts it; no model
         looks at them.
-      label_mask: name of a target -> [] or [N] bool, true where there is a label.
+      label_mask: name of a target -> [] or [N] bool, true where there is a label; only of
+        targets that miss some, see `has_label`.
     """
 
     position: Array
@@ -62,6 +63,12 @@ class Graph:
     charge: Array | None = None
     labels: dict[str, Array] = flax.struct.field(default_factory=dict)
     label_mask: dict[str, Array] = flax.struct.field(default_factory=dict)
+
+
+def has_label(graph: Graph, name: str, per_node: bool) -> Array:
+    """`[]` or `[N]` (in a batch `[B]` or `[B, N]`) bool: whether there is a label of a target."""
+    everywhere = graph.node_mask if per_node else graph.graph_mask
+    return graph.label_mask.get(name, everywhere)
 
 
 def without_padding_values(graph: Graph) -> Graph:

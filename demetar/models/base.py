@@ -31,11 +31,11 @@ class GraphModel(nn.Module):
     # the first that matches. The first matrix of a pair is divided by its columns, the second by
     # its rows (Shoeybi et al. 2019, Megatron-LM), so a block needs one sum after each pair.
     SHARDING_RULES: ClassVar[tuple[tuple[str, P], ...]] = (
-        (r"/(query|kv)/kernel$", P("fsdp", "model")),
+        (r"/head_\w+/.*kernel$", P("fsdp")),
+        (r"/head_\w+/.*bias$", P()),
+        (r"/(query|kv|hidden)/kernel$", P("fsdp", "model")),
+        (r"/hidden/bias$", P("model")),
         (r"/out/kernel$", P("model", "fsdp")),
-        (r"/Mlp_\d+/Dense_0/kernel$", P("fsdp", "model")),
-        (r"/Mlp_\d+/Dense_0/bias$", P("model")),
-        (r"/Mlp_\d+/Dense_1/kernel$", P("model", "fsdp")),
         (r"/(kernel|table)$", P("fsdp")),
     )
 

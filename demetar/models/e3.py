@@ -76,7 +76,13 @@ class DemetarE3(GraphModel):
             split_rngs={"params": False},
             in_axes=nn.broadcast,
             length=self.rounds,
-        )(self.num_heads, self.mlp_ratio, self.num_invariants, self.horizon / self.rounds)
+        )(
+            self.num_heads,
+            self.mlp_ratio,
+            self.num_invariants,
+            self.horizon / self.rounds,
+            name="round",
+        )
         start = (vector_Nx3xC, node_NxD, edge_ExD)
         (vector_Nx3xC, _, _), _ = rounds(start, _incidence(graph), _coupling(graph))
         moved_Nx3 = vector_Nx3xC[..., 0] + x_com_3 + self.horizon * v_com_3

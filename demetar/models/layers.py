@@ -69,8 +69,8 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.silu(Dense(self.hidden, dtype=self.dtype)(x))
-        return Dense(self.features, dtype=self.dtype)(x)
+        x = nn.silu(Dense(self.hidden, dtype=self.dtype, name="hidden")(x))
+        return Dense(self.features, dtype=self.dtype, name="out")(x)
 
 
 @flax.struct.dataclass
@@ -181,9 +181,9 @@ class Block(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=deterministic)
         if bias is not None:
             y_NxD = layer_norm(x_NxD)
-            attention = Attention(self.num_heads, self.scaling, self.dtype)
+            attention = Attention(self.num_heads, self.scaling, self.dtype, name="attention")
             x_NxD = x_NxD + drop(attention(y_NxD, y_NxD, bias))
-        mlp = Mlp(self.mlp_ratio * width, width, self.dtype)
+        mlp = Mlp(self.mlp_ratio * width, width, self.dtype, name="mlp")
         return x_NxD + drop(mlp(layer_norm(x_NxD)))
 
 

@@ -19,7 +19,7 @@ from clu import metrics
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset
 from data_pipelines.errors import UserError, suggest
-from data_pipelines.graph import Array, Graph
+from data_pipelines.graph import Array, Graph, has_label
 from data_pipelines.targets import Target
 from demetar.training.measures import MEASURES, check_measure
 
@@ -121,7 +121,7 @@ class Objective:
         """Of a graph with labels per node: the mean over those nodes and their coordinates."""
         errors, labelled = [], []
         for target, measure in zip(self.targets, measures, strict=True):
-            mask = batch.label_mask[target.name]
+            mask = has_label(batch, target.name, target.per_node)
             error = predictions[target.name] - batch.labels[target.name]
             error = MEASURES[measure].of_error(error)
             if target.per_node:
