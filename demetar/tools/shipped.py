@@ -79,7 +79,7 @@ def read(name: str) -> Pretrained:
     return Pretrained(stored.from_json(card["config"]), params, card)
 
 
-def write(name: str, params, config: dict, card: dict, folder: pathlib.Path = _FOLDER) -> None:
+def write(name: str, params, config: dict, card: dict, folder: pathlib.Path) -> None:
     """Writes `folder/name`: weights, config and what is known about them.
 
     Args:
@@ -175,7 +175,7 @@ def export(workdir: pathlib.Path, name: str) -> pathlib.Path:
     saved = stored.to_json(config)
     saved["mesh"] |= {"data": -1, "fsdp": 1, "model": 1, "cpu_devices": 0}  # of any machine
     saved["data"] |= {"cache_dir": ""}
-    write(name, jax.device_get(state.ema), saved, card)
+    write(name, jax.device_get(state.ema), saved, card, _FOLDER)
     return _FOLDER / name
 
 
