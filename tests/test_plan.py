@@ -1,25 +1,32 @@
-"""demetar.plan and demetar.flops: counting, reading compiled programs, predicting, refusing."""
+"""demetar plan and what it counts with: operations, collectives, predictions, refusals."""
 
+import dataclasses
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from jax.sharding import PartitionSpec as P
-from test_step import lower, make_experiment
 
 from data_pipelines.errors import UserError
-from demetar import plan
+from demetar.config.command_line import load_config
 from demetar.speed import flops, topology
-from demetar.train import jitted_train_step
+from demetar.tools import plan_page, planner
 from demetar.training import sharding
+from demetar.training.experiment import build_experiment
+from demetar.training.trainer import Trainer
+
+
+@functools.cache
+def trainer_on(cache_dir, *mesh):
+    """A small model on a mesh (data, fsdp, model); its program is compiled once for all tests."""
+    changes = {f"mesh.{axis}": size for axis, size in zip(sharding.AXES, mesh, strict=True)}
+    changes |= {"data.cache_dir": cache_dir, "data.targets": ("homo", "U0"), "model.width": 16}
+    return Trainer(build_experiment(load_config("qm9:smoke", changes)))
 
 
 def test_count_of_products_is_exact():
@@ -36,16 +43,16 @@ def test_count_of_products_is_exact():
     assert (found.matmul, found.other) == (6 * 2 * 2 * 5 * 5, 6 * 10)
 
 
-@pytest.mark.parametrize("mesh", [1, (4, 2, 1), (2, 1, 2)])
-def test_count_of_the_train_step_is_near_the_compilers(dataset, mesh):
-    experiment = make_experiment(dataset, mesh)
-    counted = flops.count(jitted_train_step(experiment), *plan.abstract_arguments(experiment, 0))
-    compiled = lower(experiment).compile().cost_analysis()["flops"] * experiment.mesh.size
-    if experiment.mesh.shape["model"] == 1:  # else all its parts repeat what is not divided
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_count_of_the_train_step_is_near_the_compilers(cache_dir, mesh):
+    trainer = trainer_on(cache_dir, *mesh)
+    counted = flops.count(trainer.jitted, *trainer.abstract_arguments(0))
+    compiled = trainer.program(0).cost_analysis()["flops"] * trainer.experiment.mesh.size
+    if mesh[2] == 1:  # else all its parts repeat what is not divided
         assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
     # Over all devices, whatever the mesh, but for what each computes for itself.
-    one = make_experiment(dataset, 1)
-    alone = flops.count(jitted_train_step(one), *plan.abstract_arguments(one, 0))
+    one = trainer_on(cache_dir, 1, 1, 1)
+    alone = flops.count(one.jitted, *one.abstract_arguments(0))
     assert counted.matmul == alone.matmul
 
 
@@ -54,11 +61,11 @@ def chip():
     return topology.read_topology("h100:4x8")[1]
 
 
-def test_collectives_of_a_compiled_program(dataset):
-    experiment = make_experiment(dataset, (2, 4, 1))
-    found = topology.collectives(lower(experiment).compile().as_text(), 8, chips_near=4, unit=4)
-    params = jax.tree.leaves(experiment.abstract_state().params)
-    specs = jax.tree.leaves(experiment.state_specs.params)
+def test_collectives_of_a_compiled_program(cache_dir):
+    trainer = trainer_on(cache_dir, 2, 4, 1)
+    found = topology.collectives(trainer.program(0).as_text(), 8, chips_near=4, unit=4)
+    params = jax.tree.leaves(trainer.experiment.abstract_state().params)
+    specs = jax.tree.leaves(trainer.experiment.state_specs.params)
     divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
     for name in ("all-gather", "reduce-scatter"):
         of_name = [c for c in found if c.name == name]
@@ -71,28 +78,27 @@ def test_collectives_of_a_compiled_program(dataset):
     assert sorted(c.group for c in found if c.name == "all-reduce") == [2, 4, 8]
 
 
-def test_scaling_agrees_with_the_predicted_step(dataset, chip):
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_scaling_agrees_with_the_predicted_step(cache_dir, chip, mesh):
     """With the copies that the mesh has, the formula for n copies gives this very step."""
-    for mesh in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
-        experiment = make_experiment(dataset, mesh)
-        text = lower(experiment).compile().as_text()
-        counted = [flops.Count(1e9, 0.0, 1e6)]
-        found = plan.Plan(
-            experiment=experiment,
-            topology="",
-            chip=chip,
-            memory={},
-            counted=counted,
-            compiler_flops=None,
-            step_bytes=[1e6],
-            bytes_source="",
-            collectives=topology.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
-        )
-        predicted = found.compute_seconds() + found.communication_seconds()
-        assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
-        chips, efficiency = zip(*found.scaling(), strict=True)
-        assert chips[0] == 8 // mesh[0] and chips[-1] == 1024 and efficiency[0] == 1
-        assert sorted(efficiency, reverse=True) == list(efficiency)
+    trainer = trainer_on(cache_dir, *mesh)
+    text = trainer.program(0).as_text()
+    found = planner.Plan(
+        trainer=trainer,
+        topology="",
+        chip=chip,
+        memory={},
+        counted=[flops.Count(1e9, 0.0, 1e6)],
+        compiler_flops=None,
+        step_bytes=[1e6],
+        bytes_source="",
+        collectives=topology.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
+    )
+    predicted = found.compute_seconds() + found.communication_seconds()
+    assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
+    chips, efficiency = zip(*found.scaling(), strict=True)
+    assert chips[0] == 8 // mesh[0] and chips[-1] == 1024 and efficiency[0] == 1
+    assert sorted(efficiency, reverse=True) == list(efficiency)
 
 
 @pytest.mark.parametrize(
@@ -175,17 +181,6 @@ def test_own_accelerator_by_its_file(tmp_path, chip):
         topology.read_topology(f"{tmp_path}/mine.json:2x4")
 
 
-def command(cache_dir, *more):
-    return subprocess.run(
-        [sys.executable, "-m", "demetar.plan", *more, f"--config.data.cache_dir={cache_dir}"],
-        cwd=REPOSITORY,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-
-
 @pytest.mark.parametrize("name, extra", [("v5e:2x4", "plan-tpu"), ("h100:1x8", "plan-gpu")])
 def test_missing_compiler_says_what_to_install(monkeypatch, name, extra):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda module: None)
@@ -193,26 +188,100 @@ def test_missing_compiler_says_what_to_install(monkeypatch, name, extra):
         topology.planned_devices(name)
 
 
+# --- from the config to the page -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(cache_dir):
+    """A config that compiles in a second, and the plan of it for eight of our CPU's devices."""
+    config = load_config("nbody:smoke,linear", {"data.cache_dir": cache_dir})
+    chip = topology.read_topology("h100:1x8")[1]
+    return config, planner.plan_that_fits(config, "h100:1x8", chip, jax.devices())
+
+
+def test_the_page_has_the_table_and_a_picture(small, tmp_path):
+    _, plan = small
+    rows = plan_page.rows_of(plan)
+    text = plan_page.as_text(rows)
+    for words in ("parameters", "memory of a chip", "all-reduce", "PREDICTED weak scaling"):
+        assert words in text
+    plan_page.write_html(tmp_path / "plan.html", plan, rows)
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<tr>") == len(text.splitlines()) == len(rows)
+    assert "data:image/png;base64,iVBOR" in page
+
+
+class Compiled:
+    """A program of so many bytes."""
+
+    def __init__(self, size):
+        names = ("argument", "output", "alias", "temp", "generated_code")
+        self._sizes = types.SimpleNamespace(**{f"{name}_size_in_bytes": 0 for name in names})
+        self._sizes.temp_size_in_bytes = size
+
+    memory_analysis = lambda self: self._sizes
+    cost_analysis = lambda self: {}
+    as_text = lambda self: ""
+
+
+@pytest.mark.parametrize(
+    "memory, fitting",
+    [
+        (1250, "--batch=32; --config.train.accumulation=2; --config.mesh.fsdp=2."),
+        (900, "--batch=8; --config.train.accumulation=8; --config.mesh.fsdp=8."),
+        (850, "none of those tried."),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(small, monkeypatch, memory, fitting):
+    """A graph of a chip's micro-batch takes 100 bytes, the state 800: the mildest that fits."""
+
+    def compiled(trainer, chip):
+        config = trainer.experiment.config
+        graphs = config.data.batch_size / 8 / config.train.accumulation
+        return Compiled(100 * graphs + 800 / config.mesh.fsdp)
+
+    monkeypatch.setattr(planner, "compile_largest", compiled)
+    config, plan = small
+    config = config.copy_and_resolve_references()
+    config.data.batch_size = 64
+    chip = dataclasses.replace(plan.chip, memory_bytes=memory)
+    with pytest.raises(UserError, match=f"would need .* Each of these fits: {re.escape(fitting)}"):
+        planner.plan_that_fits(config, "h100:1x8", chip, jax.devices())
+
+
+def test_a_compiler_that_gives_up_is_no_bug(small, monkeypatch):
+    config, plan = small
+
+    class Jitted:
+        def lower(self, *arguments):
+            return self
+
+        def compile(self, compiler_options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB of 79")
+
+    monkeypatch.setattr(Trainer, "jitted", Jitted())
+    monkeypatch.setattr(flops, "count", lambda *arguments: flops.Count())
+    with pytest.raises(UserError, match="the compiler gave up .RESOURCE_EXHAUSTED: 99 GiB of 79"):
+        planner.plan_that_fits(config, "h100:1x8", plan.chip, jax.devices())
+
+
 @pytest.mark.parametrize(
     "place, module", [("v5e:2x4", "libtpu"), ("h100:1x8", "jax_cuda12_plugin")]
 )
-def test_the_command_on_a_real_compiler(cache_dir, tmp_path, place, module):
+def test_the_command_on_a_real_compiler(runner, cache_dir, tmp_path, place, module):
     """Where the extra is installed; continuous integration has neither."""
     pytest.importorskip(module)
     page = tmp_path / "plan.html"
-    flags = ["--config=configs/qm9.py:smoke", f"--topology={place}", f"--html={page}"]
-    done = command(cache_dir, *flags)
-    assert done.returncode == 0, done.stderr
-    for words in ("parameters", "memory of a chip", "all-reduce", "PREDICTED weak scaling"):
-        assert words in done.stdout
-    assert page.read_text().count("<tr>") == len(done.stdout.splitlines())
+    flags = ["--config=qm9:smoke", f"--config.data.cache_dir={cache_dir}"]
+    said = runner.run(None, *flags, f"--topology={place}", f"--html={page}", module="demetar.plan")
+    assert "all-reduce" in said and "PREDICTED weak scaling" in said and page.exists()
     name, chip, _ = topology.read_topology(place)
-    fields = json.loads((topology.FOLDER / f"{name}.json").read_text()) | {"memory_bytes": 3 << 20}
-    if fields.get("target_config"):
-        fields["target_config"] = str(topology.FOLDER / fields["target_config"])
-    small = tmp_path / f"{name}.json"
-    small.write_text(json.dumps(fields))
     if chip.kind == "cuda":  # a TPU's name is the compiler's own
-        flags[1] = f"--topology={small}:1x8"
-        done = command(cache_dir, *flags, "--config.model.width=128", "--batch=512")
-        assert done.returncode == 2 and "Each of these fits: --batch=" in done.stderr
+        fields = json.loads((topology.FOLDER / f"{name}.json").read_text())
+        fields["memory_bytes"] = 3 << 20
+        fields["target_config"] = str(topology.FOLDER / fields["target_config"])
+        small = tmp_path / f"{name}.json"
+        small.write_text(json.dumps(fields))
+        flags += [f"--topology={small}:1x8", "--batch=64"]
+        said = runner.run(None, *flags, module="demetar.plan", code=2)
+        assert "has 3.0 MiB. Each of these fits: " in said
