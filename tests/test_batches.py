@@ -118,7 +118,7 @@ def test_too_many_buckets():
 
 @pytest.mark.parametrize("steps", [range(0, 12), range(5, 12)])
 def test_batches_hold_what_the_plan_says(dataset, steps):
-    arrays = dataclasses.replace(dataset.arrays, target=dataset.arrays.target.astype(np.float32))
+    arrays = dataclasses.replace(dataset.arrays, dtype=np.dtype(np.float32))
     plan = BatchPlan(arrays.sizes, dataset.split["train"], dataset.buckets, 8, 0)
     found = list(batching.batches(arrays, plan, slice(0, 8), steps, num_threads=2))
     assert len(found) == len(steps)
@@ -139,7 +139,8 @@ def test_batches_hold_what_the_plan_says(dataset, steps):
             np.testing.assert_array_equal(batch.senders[row, :e], edges[:, 0])
             np.testing.assert_array_equal(batch.receivers[row, :e], edges[:, 1])
             np.testing.assert_array_equal(batch.edge_type[row, :e], edges[:, 2])
-            np.testing.assert_array_equal(batch.target[row], arrays.target[g])
+            for name, label in arrays.graph_labels.items():
+                assert batch.labels[name][row] == np.float32(label[g])
             assert batch.index[row] == arrays.index[g]
 
 

@@ -6,14 +6,25 @@ import multiprocessing
 import pathlib
 import shutil
 import tarfile
+import types
 
 import numpy as np
 import pytest
 
+from data_pipelines.batch_plan import Bucket
+from data_pipelines.batching import GraphArrays, gather
 from data_pipelines.bonds import Agreement, BondType, find_bonds
 from data_pipelines.edges import build_edges
+from data_pipelines.elements import atomic_number, atomic_weights, covalent_radii, symbols
 from data_pipelines.errors import UserError
 from data_pipelines.qm9 import preparation, sources
+from data_pipelines.qm9.properties import (
+    COLUMNS,
+    ELEMENTS,
+    HARTREE_IN_MEV,
+    get_properties,
+    labels,
+)
 from data_pipelines.qm9.sources import (
     characterized_indices,
     excluded_indices,
@@ -22,8 +33,7 @@ from data_pipelines.qm9.sources import (
     read_raw,
     read_tfds,
 )
-from data_pipelines.splits import get_split, split_hash
-from data_pipelines.targets import HARTREE_IN_MEV, TARGET_NAMES, get_targets, reported_values
+from data_pipelines.qm9.splits import get_split, split_hash
 
 # Molecule 1 exactly as published in dsgdb9nsd_000001.xyz.
 METHANE = """\
@@ -56,7 +66,7 @@ def test_raw_methane():
     assert (molecule.index, molecule.smiles) == (1, "C")
     assert molecule.atomic_numbers.tolist() == [6, 1, 1, 1, 1]
     assert molecule.positions[0].tolist() == [-0.0126981359, 1.0858041578, 0.0080009958]
-    values = dict(zip(TARGET_NAMES, molecule.properties, strict=True))
+    values = dict(zip(COLUMNS, molecule.properties, strict=True))
     assert values["homo"] == -0.3877 and values["U0"] == -40.47893 and values["Cv"] == 6.469
 
 
@@ -107,7 +117,6 @@ def test_truncated_archive_is_refused(tmp_path):
 def test_qm9pack_format_equals_raw(tmp_path):
     """Ten molecules, in the columns of qm9pack and as published, give the same float64."""
     molecules = list(read_raw(str(preparation.SAMPLE_FILE)))[:10]
-    symbols = {z: name for name, z in sources.ELEMENTS.items()}
     with (tmp_path / "qm9_part1.csv").open("w", newline="") as stream:
         names = ["Index", "SMILES", "Elements", "XYZ_Ang", *sources._QM9PACK_COLUMNS]
         rows = csv.DictWriter(stream, names)
@@ -117,7 +126,7 @@ def test_qm9pack_format_equals_raw(tmp_path):
                 {
                     "Index": m.index,
                     "SMILES": m.smiles,
-                    "Elements": str([symbols[int(z)] for z in m.atomic_numbers]),
+                    "Elements": str([symbols()[int(z)] for z in m.atomic_numbers]),
                     "XYZ_Ang": str(m.positions.tolist()),
                 }
                 | dict(zip(sources._QM9PACK_COLUMNS, m.properties, strict=True))
@@ -152,14 +161,14 @@ def test_tfds_source_equals_raw(tmp_path, monkeypatch):
     import pandas
     from tensorflow_datasets.datasets.qm9 import qm9_dataset_builder as public
 
-    from data_pipelines.targets import ATOM_REFERENCES, ELEMENTS
+    from data_pipelines.qm9.properties import ATOM_REFERENCES
 
     files = tmp_path / "xyz"
     with tarfile.open(preparation.SAMPLE_FILE) as archive:
         archive.extractall(files, filter="data")
     ids = sorted(int(f.stem[-6:]) for f in files.glob("*.xyz"))[:12]
     references = pandas.DataFrame(
-        {k: {s: v[z] for s, z in ELEMENTS.items()} for k, v in ATOM_REFERENCES.items()}
+        {k: {symbols()[z]: v[z] for z in ELEMENTS} for k, v in ATOM_REFERENCES.items()}
     ).to_dict()
 
     def split_generators(self, dl_manager):
@@ -177,7 +186,7 @@ def test_tfds_source_equals_raw(tmp_path, monkeypatch):
     for molecule in molecules:
         same(molecule, expected[molecule.index], rtol=1.2e-7, atol=1e-7)
         # Total energies are better than float32: rebuilt from the atomization columns.
-        row = TARGET_NAMES.index("U0")
+        row = COLUMNS.index("U0")
         error = abs(molecule.properties[row] - expected[molecule.index].properties[row])
         assert error * HARTREE_IN_MEV < 0.01
 
@@ -255,34 +264,34 @@ def test_unknown_edges():
 
 def test_misspelt_target_is_suggested():
     with pytest.raises(UserError, match="Did you mean 'homo'"):
-        get_targets(("hommo",))
+        get_properties(("hommo",))
     with pytest.raises(UserError, match="twice"):
-        get_targets(("homo", "homo"))
+        get_properties(("homo", "homo"))
 
 
 def test_units_and_atom_references(sample):
     molecules, _ = sample
-    targets = get_targets(("homo", "U0", "mu", "Cv"))
-    values = reported_values(targets, molecules.properties, molecules.composition())
+    rows = get_properties(("homo", "U0", "mu", "Cv"))
+    found = labels(rows, molecules.properties, molecules.composition())
     # Methane, by hand: U0 - (C + 4 H) = -40.47893 + 37.846772 + 4 * 0.500273 hartree.
     atomization = (-40.47893 + 37.846772 + 4 * 0.500273) * 27.211386245988 * 1000
     np.testing.assert_allclose(
-        values[0], [-0.3877 * 27211.386245988, atomization, 0.0, 6.469 - 5 * 2.981], rtol=1e-12
+        [found[name][0] for name in ("homo", "U0", "mu", "Cv")],
+        [-0.3877 * 27211.386245988, atomization, 0.0, 6.469 - 5 * 2.981],
+        rtol=1e-12,
     )
 
 
 def test_float32_after_references_keeps_microhartree(sample):
     """The trap: cast before subtracting loses 0.8 meV; ours loses less than 0.01."""
     molecules, _ = sample
-    exact = reported_values(get_targets("U0"), molecules.properties, molecules.composition())
+    u0 = lambda columns: labels(get_properties("U0"), columns, molecules.composition())["U0"]
+    exact = u0(molecules.properties)
     ours = np.abs(exact.astype(np.float32) - exact).max()
-    row = TARGET_NAMES.index("U0")
+    row = COLUMNS.index("U0")
     naive = molecules.properties.copy()
     naive[:, row] = naive[:, row].astype(np.float32)
-    theirs = np.abs(
-        reported_values(get_targets("U0"), naive, molecules.composition()) - exact
-    ).max()
-    assert ours < 0.01 < 0.3 < theirs
+    assert ours < 0.01 < 0.3 < np.abs(u0(naive) - exact).max()
 
 
 # --- splits ------------------------------------------------------------------------------------
@@ -409,6 +418,60 @@ def test_nan_coordinate_is_refused_with_its_molecule(tmp_path):
     with pytest.raises(UserError, match="Molecule 1 has a coordinate"):
         preparation.load("raw", str(tmp_path / "xyz"), str(tmp_path / "cache"))
     assert not [p for p in (tmp_path / "cache" / "qm9").iterdir() if p.is_dir()]
+
+
+def test_an_element_outside_of_qm9_is_named_with_its_molecule(tmp_path):
+    """Chlorine is no broken file; an element that does not exist is one."""
+    (tmp_path / "xyz").mkdir()
+    file = tmp_path / "xyz" / "a.xyz"
+    for symbol, message in (
+        ("Cl", "Molecule 1 has the element Cl.*only H, C, N, O, F"),
+        ("Xx", "a.xyz: Unknown element 'Xx'"),
+    ):
+        file.write_text(METHANE.replace("\nC\t-0.0126", f"\n{symbol}\t-0.0126"))
+        with pytest.raises(UserError, match=message):
+            preparation.load("raw", str(tmp_path / "xyz"), str(tmp_path / "cache"))
+
+
+def test_the_periodic_table_knows_every_element():
+    assert len(symbols()) == len(atomic_weights()) == len(covalent_radii()) == 119
+    assert [symbols()[z] for z in (1, 17, 35, 118)] == ["H", "Cl", "Br", "Og"]
+    assert [atomic_number(s) for s in symbols()[1:]] == list(range(1, 119))
+    assert (atomic_weights()[1:] > 1).all() and (covalent_radii()[1:] > 0.2).all()
+    # QM9's, in the digits that the published results were made with.
+    assert atomic_weights()[list(ELEMENTS)].tolist() == [1.008, 12.011, 14.007, 15.999, 18.998]
+    with pytest.raises(UserError, match="Unknown element 'cl'. Did you mean 'Cl'"):
+        atomic_number("cl")
+
+
+def test_bonds_of_other_elements():
+    """Boron and chlorine have radii of their own: BCl3, no SMILES, all single bonds."""
+    angle = np.arange(3) * 2 * np.pi / 3
+    ring = 1.74 * np.stack([np.cos(angle), np.sin(angle), 0 * angle], 1)
+    positions = np.concatenate([np.zeros((1, 3)), ring])
+    bonds, agreement = find_bonds("", np.array([5, 17, 17, 17]), positions)
+    assert agreement == Agreement.SMILES_UNUSABLE
+    assert bonds.tolist() == [[0, k, BondType.SINGLE] for k in (1, 2, 3)]
+
+
+def test_more_than_255_atoms():
+    """A chain of 400 carbon atoms: bonds, edges and batches hold every number."""
+    n = 400
+    positions = np.stack([1.5 * np.arange(n), 0 * np.arange(n), 0 * np.arange(n)], 1)
+    numbers = np.full(n, 6)
+    bonds, _ = find_bonds("", numbers, positions)
+    assert bonds[:, :2].tolist() == [[k, k + 1] for k in range(n - 1)]
+    molecule = types.SimpleNamespace(
+        node_offset=np.array([0, n]), position=positions, bonds=bonds,
+        bond_offset=np.array([0, len(bonds)]),
+    )  # fmt: skip
+    offset, edges = build_edges(molecule, "cutoff", 3.1)
+    assert len(edges) == 2 * n - 3 and edges[-1].tolist() == [n - 2, n - 1, BondType.SINGLE]
+    arrays = GraphArrays(
+        np.array([1]), np.array([0, n]), numbers.astype(np.uint8), positions, offset, edges
+    )
+    batch = gather(arrays, np.array([0]), Bucket(n, len(edges)))
+    assert batch.receivers.max() == n - 1 and batch.edge_mask.all()
 
 
 def test_unknown_source():

@@ -11,6 +11,8 @@ import pytest
 from conftest import REPOSITORY
 
 from data_pipelines.graph import Graph
+from data_pipelines.nbody import POSITION
+from data_pipelines.targets import Target
 from demetar.models import create_model
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -74,7 +76,7 @@ def nbody_batch(golden) -> Graph:
         position=shape(golden["position"]),
         velocity=shape(golden["velocity"]),
         charge=shape(golden["charge"]),
-        target=shape(golden["target"]),
+        labels={"position": shape(golden["target"])},
         atomic_number=np.ones((6, 5), np.int32),
         node_mask=np.ones((6, 5), bool),
         senders=tile(i),
@@ -89,14 +91,17 @@ def nbody_batch(golden) -> Graph:
 def test_nbody_predictions_and_gradients_equal_the_official_ones():
     golden = np.load(GOLDEN / "egnn_nbody.npz")
     batch = nbody_batch(golden)
-    model = create_model("egnn", "auto", ("position",), width=64, num_layers=4, dtype="float64")
+    facts = {"elements": (1,)}
+    options = {"name": "egnn", "dtype": "float64"}
+    model = create_model(targets=(POSITION,), facts=facts, width=64, num_layers=4, **options)
     one = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     params = load_weights(shapes, golden, 64)
 
     def loss(params):
-        prediction = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
-        return jnp.square(prediction - batch.target).mean(), prediction
+        predictions = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
+        prediction = predictions["position"]
+        return jnp.square(prediction - batch.labels["position"]).mean(), prediction
 
     (value, prediction), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(prediction.reshape(30, 3), golden["prediction"], rtol=1e-9)
@@ -119,7 +124,7 @@ def test_qm9_predictions_and_gradients_equal_the_official_ones():
     mask = golden["node_mask"] > 0
     batch = Graph(
         position=golden["position"],
-        target=golden["target"][:, None],
+        labels={"homo": golden["target"]},
         atomic_number=golden["atomic_number"].astype(np.int32),
         node_mask=mask,
         senders=np.tile(i, (num, 1)),
@@ -129,16 +134,17 @@ def test_qm9_predictions_and_gradients_equal_the_official_ones():
         graph_mask=np.ones(num, bool),
         index=golden["index"],
     )
-    model = create_model(
-        "egnn", "sum", ("cls",), width=128, num_layers=7, attention=True, dtype="float64"
-    )
+    targets, facts = (Target("homo", "meV"),), {"elements": (1, 6, 7, 8, 9)}
+    options = {"name": "egnn", "dtype": "float64", "attention": True}
+    model = create_model(targets=targets, facts=facts, width=128, num_layers=7, **options)
     one = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(model.init, jax.random.key(0), one)["params"]
     params = load_weights(shapes, golden, 128)
 
     def loss(params):
-        prediction = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
-        return jnp.abs(prediction - batch.target).mean(), prediction[:, 0]
+        predictions = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
+        prediction = predictions["homo"]
+        return jnp.abs(prediction - batch.labels["homo"]).mean(), prediction
 
     (value, prediction), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     np.testing.assert_allclose(prediction, golden["prediction"], rtol=1e-9)

@@ -7,8 +7,9 @@ import pytest
 
 import demetar
 from data_pipelines.errors import UserError
-from data_pipelines.nbody import simulation
-from demetar import pretrained
+from data_pipelines.nbody import protocols, simulation
+from data_pipelines.registry import DATASETS, load_dataset
+from demetar.tools import shipped
 
 NAMES = demetar.pretrained_names()
 
@@ -16,22 +17,22 @@ NAMES = demetar.pretrained_names()
 @pytest.fixture(scope="module")
 def few_systems():
     """The first systems of the official training set: (position, velocity, charge, target)."""
-    protocol = simulation.PROTOCOLS["egnn"]
+    protocol = protocols.PROTOCOLS["egnn"]
     rng = np.random.RandomState(protocol.seed)
-    systems = [simulation._draw(rng, protocol) for _ in range(50)]
+    systems = [simulation.draw(rng, protocol) for _ in range(50)]
     charge, *state, coupling = (np.stack(column) for column in zip(*systems, strict=True))
     steps = (protocol.input_step, protocol.horizon_steps)
     position, velocity, target = simulation.simulate(*state, coupling, *steps)
     return position, velocity, charge, target
 
 
-def test_something_ships():
-    assert NAMES
+def test_three_seeds_of_the_particle_model_ship():
+    assert {f"nbody-egnn-e3-seed{seed}" for seed in (0, 1, 2)} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_card_says_what_it_is(name):
-    card = pretrained.read(name).card
+    card = shipped.read(name).card
     assert card["result"]["targets"]["position"]["mse"] <= 0.003
     assert card["passport"]["protocol"]["seed"] == 43
     assert card["config"]["model"]["name"] == "demetar_e3"
@@ -68,17 +69,17 @@ def test_wrong_shapes_and_names_are_explained(few_systems):
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
-    model = pretrained.read(NAMES[0])
-    card = {key: model.card[key] for key in ("passport", "result")}
-    pretrained.write("copy", model.params, model.card["config"], card, tmp_path)
-    monkeypatch.setattr(pretrained, "_FOLDER", tmp_path)
-    assert pretrained.read("copy").card["weights_sha256"] == model.card["weights_sha256"]
+    model = shipped.read(NAMES[0])
+    card = {key: model.card[key] for key in ("targets", "facts", "passport", "result")}
+    shipped.write("copy", model.params, model.card["config"], card, tmp_path)
+    monkeypatch.setattr(shipped, "_FOLDER", tmp_path)
+    assert shipped.read("copy").card["weights_sha256"] == model.card["weights_sha256"]
     file = tmp_path / "copy" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
-        pretrained.read("copy")
+        shipped.read("copy")
 
 
 def test_evaluate_repeats_the_published_validation_error(runner):
@@ -91,3 +92,15 @@ def test_evaluate_repeats_the_published_validation_error(runner):
     error, published = found["targets"]["position"]["mse"], found["published"]["validation_score"]
     assert found["count"] == 2_000
     assert error == pytest.approx(published, rel=1e-4 if found["same_data"] else 0.3)
+    # The function of NumPy arrays gives the same predictions, number for number.
+    cache_dir = f"{runner.cache_dir}/demetar"
+    data = load_dataset(name="nbody", cache_dir=cache_dir, **DATASETS["nbody"].defaults)
+    graphs = data.split["validation"]
+    shape = lambda x: x.reshape(-1, 5, *x.shape[1:])[graphs]
+    moved = demetar.load_pretrained(NAMES[0])(
+        position=shape(data.arrays.position),
+        velocity=shape(data.arrays.velocity),
+        charge=shape(data.arrays.charge),
+    )
+    exact = np.square(moved.astype(np.float64) - shape(data.labels(data.targets[0])))
+    assert exact.mean() == pytest.approx(error, rel=1e-5)
