@@ -35,8 +35,8 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.6,<0.3",
-        # Its API still moves from release to release; all of it is in demetar/training/checkpoints.py.
+        "optax>=0.2.7,<0.3",
+        # Its API still moves; all of it is in demetar/training/checkpoints.py.
         "orbax-checkpoint>=0.12,<0.13",
         "rdkit>=2024.9",  # bond types, when data are prepared
         "safetensors>=0.5",

@@ -131,6 +131,13 @@ def test_numbers_and_lists_take_the_type_of_the_default():
     assert config.train.losses.gap == "mse"
 
 
+def test_groups_may_be_dicts_or_config_dicts():
+    data, model = {"name": "qm9"}, {"width": 64}
+    wanted = defaults.complete({"data": data, "model": model})
+    mixed = {"data": ml_collections.ConfigDict(data), "model": model}
+    assert defaults.complete(mixed) == defaults.complete(ml_collections.ConfigDict(mixed)) == wanted
+
+
 def test_another_choice_keeps_what_both_have():
     fields = {"data": {"name": "qm9"}, "model": {"width": 96, "edge_layers": 7}}
     config = defaults.complete(defaults.choose_again(fields, "model.name", "egnn"))

@@ -1,8 +1,10 @@
 """How every command reads its options and the config of a run.
 
---config=configs/qm9.py:quick      a file, and what its `get_config` is given
---config=qm9:quick                 the same file, of the installed package
---config.optim.learning_rate=1e-4  any key, in the type that it has
+    --config=configs/qm9.py:quick      a file, and what its `get_config` is given
+    --config=qm9:quick                 the same file, of the installed package
+    --config.optim.learning_rate=1e-4  any key, in the type that it has
+
+Options of a command are argparse's; keys of a config are ml_collections' flags.
 """
 
 import argparse
@@ -31,7 +33,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> ml_col
 
     Args:
       name: `configs/qm9.py:quick` or `qm9:quick`. The file is Python, and is executed.
-      overrides: dotted path, without `config.`, -> value.
+      overrides: dotted path, without `config.`, -> value. Another model, optimizer, ... brings its
+        own options, and those that only the old one had are gone.
 
     Raises:
       UserError: no such file or variant, an unknown key, a value of the wrong type.
@@ -146,7 +149,7 @@ def _read(name: str) -> dict:
         raise UserError(f"{path}{at}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{path}: get_config must give a ConfigDict, not {config!r}.")
-    return config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    return ml_collections.ConfigDict(config).to_dict()
 
 
 def _find(file: str) -> pathlib.Path:

@@ -210,4 +210,4 @@ def _typed(path: str, value: Any, default: Any) -> Any:
 
 def _plain(fields: Mapping | ml_collections.ConfigDict) -> dict:
     """Nested dicts, without references."""
-    return fields.to_dict() if isinstance(fields, ml_collections.ConfigDict) else dict(fields)
+    return ml_collections.ConfigDict(fields).to_dict()
