@@ -21,7 +21,7 @@ import pytest
 from conftest import REPOSITORY
 
 from demetar import cli, main
-from demetar.config import command_line
+from demetar.config import command_line, defaults
 from demetar.tools import local_job
 
 PAGES = sorted(
@@ -277,19 +277,18 @@ def test_dotted_names_exist(page):
 
 
 def test_settings_exist():
-    """Every `config.group.key` on a page is a key of some config that ships."""
+    """Every `config.group.key` on a page is a key of a config that ships, or of a choice."""
     known = set()
     for name in ("qm9:quick", "qm9:egnn", "nbody"):
-        known |= set(command_line.defaults.dotted(command_line.load_config(name)))
-    groups = {key.rpartition(".")[0] for key in known} | {"data.general"}
-    known |= groups | {"train.losses", "train.weights", "train.metrics"}
-    own = {"optim.decay_fraction", "optim.weight_decay_mask"}  # of another choice
+        known |= set(defaults.dotted(command_line.load_config(name)))
+    for key, (rows, options) in defaults.CHOICES.items():
+        group = key.partition(".")[0]
+        known |= {f"{group}.{option}" for row in rows for option in options(row)}
     for page in PAGES:
-        for text in re.findall(r"config\.([a-z_]+(?:\.[a-zA-Z_]+)+)", page.read_text()):
-            if not text.endswith((".py", ".json", ".yml")) and not text.startswith(
-                "train.metrics."
-            ):
-                assert text in known | own, (page.name, text)
+        for key in re.findall(r"config\.([a-z_]+(?:\.[a-zA-Z_]+)+)", page.read_text()):
+            is_file = key.endswith((".py", ".json", ".yml"))
+            of_target = key.rpartition(".")[0] in defaults.BY_TARGET
+            assert is_file or of_target or key in known, (page.name, key)
 
 
 def test_every_module_has_a_place_in_the_api():
