@@ -8,11 +8,11 @@ _PUBLIC = ("load_pretrained", "pretrained_names")
 
 
 def __getattr__(name: str):
-    # Late, so that data_pipelines may import demetar.errors without all of JAX.
+    # Late: `import demetar` takes no time, JAX takes a second.
     if name in _PUBLIC:
-        from demetar import pretrained
+        from demetar.tools import shipped
 
-        return getattr(pretrained, name)
+        return getattr(shipped, name)
     raise AttributeError(f"module 'demetar' has no attribute {name!r}")
 
 
