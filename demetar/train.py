@@ -67,7 +67,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     ### evaluates, saves or logs it must have them all.
     train, num_steps = config.train, config.train.num_steps
     loop_start = time.perf_counter() - progress.train_seconds  # as if never stopped
-    graphs_of_steps = graph_log.GraphLog(workdir, job.process) if config.log.graphs else None
+    graphs_seen = graph_log.GraphLog(workdir, job.process) if config.log.graphs else None
     batches = trainer.batches(range(step, num_steps))
     saved_step = step
     stop = False  # the same on all processes
@@ -98,12 +98,12 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         bucket, graphs = next(batches)
         if pending is None or pending.loss.is_ready():  # the devices had nothing to do meanwhile
             report.waited(time.perf_counter() - waits_since)
-        if graphs_of_steps is not None:
-            graphs_of_steps.write_step(step + 1, trainer.rows, graphs)
+        if graphs_seen is not None:
+            graphs_seen.write_step(step + 1, trainer.rows, graphs)
         batch = trainer.place(graphs)
         job.watch.phase("step")
-        asked, lr_scale = job.interruption.requested, progress.plateau.scale
-        state, sums = trainer.step(state, bucket, batch, asked, lr_scale)
+        asked = bool(job.interruption.requested)
+        state, sums = trainer.step(state, bucket, batch, asked, progress.plateau.scale)
         step += 1
         if step == first_step + 1:
             jax.block_until_ready(sums)
@@ -125,9 +125,10 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         result = final_result(workdir, evaluator, experiment, best.ema, state, progress)
     checkpoints.close()
     if result is None:
-        asked = job.interruption.requested or "a signal to another process"
-        why = f"config.checkpoint.stop_at={step}" if config.checkpoint.stop_at == step else asked
-        raise Preempted(f"Stopped by {why} after step {step} of {num_steps}, saved in {workdir}.")
+        raise Preempted(
+            f"Stopped by {why_stopped(config, step, job)} after step {step} of {num_steps}, "
+            f"saved in {workdir}."
+        )
     return result
 
 
@@ -181,3 +182,10 @@ def compile_the_rest(trainer: Trainer, evaluator: Evaluator, job: Job) -> None:
         # Among several, on CPUs, compiling would keep gloo's idle thread from its turn.
         trainer.compile_ahead(job.background)
         evaluator.compile_ahead(job.background)
+
+
+def why_stopped(config, step: int, job: Job) -> str:
+    """What asked for a stop, for a person."""
+    if config.checkpoint.stop_at == step:
+        return f"config.checkpoint.stop_at={step}"
+    return job.interruption.requested or "a signal to another process"
