@@ -147,7 +147,9 @@ DECAY = [name for name, row in OPTIMIZERS.items() if "weight_decay" in row.defau
 
 
 @pytest.mark.parametrize(
-    "name, mask", [("adamw", mask) for mask in DECAYING] + [(n, "kernels") for n in DECAY[1:]]
+    "name, mask",
+    [("adamw", mask) for mask in DECAYING]
+    + [(name, mask) for name in DECAY if name != "adamw" for mask in ("kernels", "none")],
 )
 def test_only_what_the_mask_names_decays(name, mask):
     """Without a gradient an update is the decay alone."""
