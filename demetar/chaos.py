@@ -1,6 +1,6 @@
 """Kills a run again and again, at random moments, and shows that nothing is lost.
 
-    demetar chaos --kills=30 --cpu=2 --config=qm9:smoke [--config.KEY=VALUE ...]
+    demetar chaos --kills=30 --cpu=2 --config=qm9:quick [--config.KEY=VALUE ...]
 
 trains `--steps` once without a break; then again in another folder, where one process or all
 are killed with SIGKILL at a random moment (starting, compiling, training, evaluating, saving)
@@ -18,7 +18,7 @@ from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
 from demetar.tools.local_job import positive
 from demetar.tools.random_kills import EXACT, chaos
-from demetar.tools.resume_check import parse_for_runs
+from demetar.tools.resume_check import check_steps, parse_for_runs
 
 
 @exits_cleanly
@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=positive, default=200, metavar="N", help="of the whole run")
     parser.add_argument("--cpu", type=positive, default=2, metavar="N", help="processes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of moments and victims")
-    options, rest = parse_for_runs(parser, arguments)
+    options, config, rest = parse_for_runs(parser, arguments)
+    check_steps(config, options.steps)
     with tempfile.TemporaryDirectory() as folder:
         found = chaos(
             pathlib.Path(folder), rest, options.kills, options.steps, options.cpu, options.seed

@@ -20,7 +20,7 @@ import tempfile
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
 from demetar.tools.local_job import positive
-from demetar.tools.resume_check import TOLERANCE, parse_for_runs, verify
+from demetar.tools.resume_check import TOLERANCE, check_steps, parse_for_runs, verify
 
 _AXES = ("data", "fsdp", "model")
 
@@ -33,7 +33,7 @@ def _mesh(text: str) -> list[str]:
     return [f"--config.mesh.{axis}={size}" for axis, size in zip(_AXES, sizes, strict=True)]
 
 
-def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     parser = command_line.make_parser("verify_resume", __doc__)
     number = {"type": positive, "metavar": "N"}
     parser.add_argument("--steps", default=20, **number, help="before the kill, and after")
@@ -41,13 +41,14 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--resume_cpu", **number, help="processes after the kill")
     parser.add_argument("--resume_mesh", type=_mesh, default=[], metavar="D,F,M", help="after it")
     parser.add_argument("--resume_devices", **number, help="devices of each process after it")
-    return parse_for_runs(parser, arguments)
+    return parser
 
 
 @exits_cleanly
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
-    options, rest = _options(arguments)
+    options, config, rest = parse_for_runs(_parser(), arguments)
+    check_steps(config, 2 * options.steps)
     resumed = options.resume_mesh
     if options.resume_devices:
         resumed = [*resumed, f"--config.mesh.cpu_devices={options.resume_devices}"]

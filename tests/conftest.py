@@ -20,9 +20,9 @@ import pytest
 from absl import flags
 
 from data_pipelines.batch_plan import Bucket
-from data_pipelines.dataset import load_dataset
 from data_pipelines.graph import Graph
 from data_pipelines.qm9 import preparation
+from data_pipelines.registry import load_dataset
 
 flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -69,7 +69,7 @@ def load_config(name, arg):
     return load_module(REPOSITORY / "configs" / f"{name}.py").get_config(arg)
 
 
-# A model so small that compiling it is most of a run.
+# Models so small that compiling them is most of a run.
 TINY = {
     "qm9.py:smoke": [
         "--config.model.width=16",
@@ -81,6 +81,8 @@ TINY = {
         "--config.model.rounds=2",
         "--config.data.eval_batch_size=20",  # does not divide the 32 systems: some rows are empty
     ],
+    # For what asks nothing of the model.
+    "nbody.py:smoke,linear": ["--config.data.eval_batch_size=4"],
 }
 
 
@@ -90,20 +92,33 @@ class Runner:
     def __init__(self, cache_dir):
         self.cache_dir = cache_dir
 
+    def flags(self, config):
+        """Of a run of one of the tiny models."""
+        return [
+            f"--config={REPOSITORY}/configs/{config}",
+            f"--config.data.cache_dir={self.cache_dir}",
+            *TINY[config],
+        ]
+
+    def environment(self):
+        """Of a real process: code that is generated fast, and once a session.
+
+        By default JAX keeps only what took a second to compile.
+        """
+        return os.environ | {
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XDG_CACHE_HOME": self.cache_dir,  # for what has no config to say it
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+
     def start(self, workdir, *more, module="demetar.main", config="qm9.py:smoke"):
         command = [sys.executable, "-m", module, *([f"--workdir={workdir}"] if workdir else [])]
-        if module == "demetar.main":
-            command += [
-                f"--config={REPOSITORY}/configs/{config}",
-                f"--config.data.cache_dir={self.cache_dir}",
-                *TINY[config],
-            ]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        environment["XDG_CACHE_HOME"] = self.cache_dir  # for what has no config to say it
+        command += self.flags(config) if module == "demetar.main" else []
         return subprocess.Popen(
             [*command, *more],
             cwd=REPOSITORY,
-            env=environment,
+            env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -160,7 +175,6 @@ def random_graph(
         receivers=pad(edges[:, 1].astype(np.int32), e),
         edge_type=pad(rng.integers(0, 5, len(edges)).astype(np.int32), e),
         edge_mask=np.arange(e) < len(edges),
-        target=np.zeros(2),
         graph_mask=np.array(True),
         index=np.array(1, np.int32),
     )
@@ -169,7 +183,6 @@ def random_graph(
     return graph.replace(
         atomic_number=graph.node_mask.astype(np.int32),
         edge_type=np.zeros(e, np.int32),
-        target=np.zeros((n, 3)),
         velocity=pad(rng.normal(size=(num_nodes, 3)), n),
         charge=pad(rng.choice([-1.0, 1.0], num_nodes), n),
     )

@@ -1,6 +1,5 @@
 """Jobs of several real processes over gloo: elastic resume, faults, signals, disagreement."""
 
-import json
 import os
 import signal
 import socket
@@ -11,37 +10,40 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY, load_module
+from conftest import REPOSITORY, load_module
 
 from data_pipelines.errors import UserError
-from demetar.exits import EXIT_LOST
+from demetar.exits import EXIT_FAILED, EXIT_LOST, EXIT_NO_PROGRESS, NoProgress
+from demetar.job.agreement import odd_one_out
+from demetar.job.failures import check_progress, count_failure
+from demetar.job.job import Job
 from demetar.job.place import find_place
-from demetar.local import LocalJob, exit_code_of
-from demetar.records.files import read_jsonl
-from demetar.records.graph_log import read_identity
-from demetar.verify_resume import compare, latest_step, logged_step
+from demetar.records.files import read_json, read_jsonl
+from demetar.records.graph_log import read_graph_log
+from demetar.tools.local_job import LocalJob, exit_code_of
+from demetar.tools.resume_check import compare, latest_step, logged_step
+from demetar.training.checkpoints import Checkpoints
+
+SMALLEST = "nbody.py:smoke,linear"  # for what asks nothing of the model
+MODEL = "qm9.py:smoke"
 
 
 @pytest.fixture
-def start(cache_dir, monkeypatch):
-    """Starts a job of `count` processes on the tiny model; kills what a test leaves."""
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+def start(runner, monkeypatch):
+    """Starts a job of `count` processes; kills what a test leaves."""
     monkeypatch.chdir(REPOSITORY)
+    for name, value in runner.environment().items():
+        monkeypatch.setenv(name, value)
     jobs = []
 
-    def start(workdir, count=2, *more, fault=None):
-        if fault:
-            monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "faults"))
-            monkeypatch.setenv("DEMETAR_FAULT", fault)
-        else:
-            monkeypatch.delenv("DEMETAR_FAULT", raising=False)
+    def start(workdir, count=2, *more, fault="", config=SMALLEST):
+        monkeypatch.setenv("DEMETAR_FAULT", fault)
+        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "faults") if fault else "")
         arguments = [
             f"--workdir={workdir}",
-            f"--config={REPOSITORY}/configs/qm9.py:smoke",
-            f"--config.data.cache_dir={cache_dir}",
-            *TINY["qm9.py:smoke"],
+            *runner.flags(config),
             "--config.mesh.cpu_devices=1",
-            "--config.log.identity=True",
+            "--config.log.graphs=True",
             "--config.cluster.lost_seconds=5",
             "--config.cluster.stuck_seconds=8",
         ]
@@ -68,30 +70,34 @@ def codes(job):
     return [p.returncode for p in job.processes]
 
 
+def wait_until(job, condition):
+    """Until `condition()`; all processes must run as long."""
+    while not condition():
+        assert all(p.poll() is None for p in job.processes), job.tail(0)
+        time.sleep(0.02)
+
+
 # --- the same run on any number of processes and devices -----------------------------------------
 
 ELASTIC = load_module(REPOSITORY / "benchmarks" / "elastic.py")
 
 
-def check_same_run(first, second, step, dtype):
-    with jax.enable_x64(dtype == "float64"):
-        found = compare(first, second, step)
-    assert found.is_good(same_topology=False), found
-    return found
-
-
 def test_one_run_on_four_topologies(start, tmp_path):
     """1x1 -> 1x8 -> 2x2 -> 4x1, ten steps each, in float64, with another mesh each time."""
-    same = ["--config.model.dtype=float64"]
+    same = ["--config.model.dtype=float64", "--config.checkpoint.every_steps=10"]
+    same += ["--config.model.edge_layers=0", "--config.model.node_layers=0"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    run(start(whole, 1, *same))
+    undisturbed = start(whole, 1, *same, config=MODEL)  # beside the first part of the other
     for stop_at, name in zip((10, 20, 30, 0), ELASTIC.TOPOLOGIES, strict=True):
         axes, count = ELASTIC.arguments_on(name)
         flags = [*same, *axes, f"--config.checkpoint.stop_at={stop_at}"]
-        run(start(moved, count, *flags), code=75 if stop_at else 0)
-    check_same_run(whole, moved, 40, "float64")
-    assert read_identity(moved) == read_identity(whole)
-    first, second = (json.loads((w / "result.json").read_text()) for w in (whole, moved))
+        run(start(moved, count, *flags, config=MODEL), code=75 if stop_at else 0)
+    run(undisturbed)
+    with jax.enable_x64(True):
+        found = compare(whole, moved, 40)
+    assert found.is_good(same_topology=False), found
+    assert read_graph_log(moved) == read_graph_log(whole)
+    first, second = (read_json(w / "result.json") for w in (whole, moved))
     assert second["count"] == 50 and second["processes"] == 4
     np.testing.assert_allclose(
         second["targets"]["homo"]["mae"], first["targets"]["homo"]["mae"], rtol=1e-10
@@ -99,7 +105,7 @@ def test_one_run_on_four_topologies(start, tmp_path):
     rows = [
         line["rows"]
         for p in range(4)
-        for line in read_jsonl(moved / f"identity/{p}.jsonl")
+        for line in read_jsonl(moved / f"graph_log/{p}.jsonl")
         if line["step"] == 40
     ]
     assert sorted(sum(rows, [])) == sorted(set(sum(rows, [])))  # no process loads another's rows
@@ -112,7 +118,7 @@ def test_the_whole_matrix(tmp_path):
     command = [sys.executable, ELASTIC.__file__, f"--json={tmp_path / 'matrix.json'}"]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
-    assert len(json.loads((tmp_path / "matrix.json").read_text())["rows"]) == 32
+    assert len(read_json(tmp_path / "matrix.json")["rows"]) == 32
 
 
 # --- processes that are lost, stopped, hang or fail ----------------------------------------------
@@ -130,7 +136,7 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
     job = start(tmp_path, fault=f"{victim}:batch:7:{name}")
     other = job.processes[1 - victim]
     while logged_step(tmp_path) < 6:
-        assert other.poll() is None
+        assert other.poll() is None, job.tail(1 - victim)
         time.sleep(0.05)
     began = time.monotonic()
     assert other.wait(timeout=60) == EXIT_LOST
@@ -163,13 +169,30 @@ def test_an_exception_in_one_process_ends_all(start, tmp_path):
 
 
 def test_three_failures_at_one_step_are_enough(start, tmp_path):
-    for attempt, code in ((1, 1), (2, 1), (3, 78)):
-        run(start(tmp_path, 1, fault="0:batch:7:raise"), code)
-        assert len(read_jsonl(tmp_path / "failures.jsonl")) == attempt
-    said = run(start(tmp_path, 1), 78)
+    file = tmp_path / "failures.jsonl"
+    said = run(start(tmp_path, 1, fault="0:batch:7:raise"), 1)
+    assert "a bug in the loader" in said and "Traceback" in said
+    [line] = read_jsonl(file)
+    assert count_failure(tmp_path, "another start", 0, line["step"], RuntimeError()) == EXIT_FAILED
+    run(start(tmp_path, 1, fault="0:batch:7:raise"), EXIT_NO_PROGRESS)
+    assert len(read_jsonl(file)) == 3
+    said = run(start(tmp_path, 1), EXIT_NO_PROGRESS)
     assert "failed 3 times at step 7" in said and "failures.jsonl" in said
-    (tmp_path / "failures.jsonl").unlink()
-    run(start(tmp_path, 1))
+    check_progress(tmp_path, 8)  # it got past that step
+    with pytest.raises(NoProgress, match="at last with: RuntimeError: a bug in the loader"):
+        check_progress(tmp_path, 5)
+    file.unlink()
+    check_progress(tmp_path, 5)
+
+
+def test_processes_that_fail_in_one_start_count_once(tmp_path):
+    fail = lambda attempt, process, step: count_failure(
+        tmp_path, attempt, process, step, ValueError("bad")
+    )
+    assert [fail("first", process, 7) for process in range(4)] == [EXIT_FAILED] * 4
+    assert fail("second", 0, 7) == fail("third", 0, 8) == EXIT_FAILED
+    check_progress(tmp_path, 0)
+    assert fail("fourth", 1, 7) == EXIT_NO_PROGRESS
 
 
 # --- signals ----------------------------------------------------------------------------------
@@ -179,8 +202,7 @@ def test_three_failures_at_one_step_are_enough(start, tmp_path):
 def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
     """Each phase in turn on one run; at the end it is the run that nobody disturbed."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    small = "--config.data.eval_batch_size=4"  # a test of 13 batches, time to be stopped in
-    run(start(whole, 2, small))
+    run(start(whole, 2))
     for process, phase, step, name in (
         (1, "data", 0, "SIGTERM"),
         (0, "compile", 0, "SIGUSR1"),
@@ -190,7 +212,7 @@ def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
         (1, "evaluation of test", 40, "SIGUSR1"),
     ):
         before = latest_step(broken)
-        job = start(broken, 2, small, fault=f"{process}:{phase}:{step}:{name}")
+        job = start(broken, 2, fault=f"{process}:{phase}:{step}:{name}")
         said = run(job, code=75)
         assert codes(job) == [75, 75], said
         assert "Traceback" not in said and not (broken / "result.json").exists()
@@ -199,20 +221,20 @@ def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
         else:
             assert latest_step(broken) > before or before == 40
             assert f"after step {latest_step(broken)} of 40" in log_of(broken, 0)
-    run(start(broken, 2, small))
-    first, second = (json.loads((w / "result.json").read_text()) for w in (whole, broken))
+    run(start(broken, 2))
+    first, second = (read_json(w / "result.json") for w in (whole, broken))
     assert second["state_sha256"] == first["state_sha256"]
     assert second["targets"] == first["targets"]
-    assert read_identity(broken) == read_identity(whole)
+    assert read_graph_log(broken) == read_graph_log(whole)
     assert (broken / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(start, tmp_path):
+def test_a_second_signal_ends_at_once_and_a_second_job_is_refused(start, tmp_path):
     """Of a process that cannot finish its step; said twice at once is said once."""
     job = start(tmp_path, 1, fault="0:batch:12:sleep")
-    while logged_step(tmp_path) < 11:
-        assert job.processes[0].poll() is None
-        time.sleep(0.02)
+    wait_until(job, lambda: logged_step(tmp_path) >= 11)
+    said = run(start(tmp_path, 1), code=2)
+    assert f"process {job.processes[0].pid} on host {socket.gethostname()}" in said
     job.signal(signal.SIGTERM)
     job.signal(signal.SIGUSR1)
     time.sleep(2.5)
@@ -220,8 +242,10 @@ def test_a_second_signal_ends_at_once_and_leaves_a_whole_checkpoint(start, tmp_p
     job.signal(signal.SIGINT)
     assert job.wait() == 75
     assert "exiting at once" in job.tail(0)
-    assert latest_step(tmp_path) in (5, 10)  # the last may have had no time for its manifest
-    run(start(tmp_path, 1))
+    latest = latest_step(tmp_path)
+    assert latest in (5, 10)  # the last may have had no time for its manifest
+    assert Checkpoints(tmp_path, 2, Job.alone()).latest_step() == latest  # it is whole
+    assert f"resumed at step {latest}" in run(start(tmp_path, 1))
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -235,15 +259,22 @@ def test_a_signal_where_processes_share_their_graphs(start, tmp_path, asked):
 # --- starting -----------------------------------------------------------------------------------
 
 
-def test_a_process_with_another_config_is_named(start, tmp_path, cache_dir):
+def on_port(port, count, number):
+    """Flags of one process of a job."""
+    address = f"--coordinator_address=localhost:{port}"
+    return [address, f"--num_processes={count}", f"--process_id={number}"]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_process_with_another_config_is_named(start, tmp_path):
     port = free_port()
-    place = lambda n: [
-        f"--coordinator_address=localhost:{port}",
-        "--num_processes=2",
-        f"--process_id={n}",
-    ]  # noqa: E501
     jobs = [
-        start(tmp_path, 1, *place(n), f"--config.optim.learning_rate={1e-3 * (n + 1)}")
+        start(tmp_path, 1, *on_port(port, 2, n), f"--config.optim.learning_rate={1e-3 * (n + 1)}")
         for n in (0, 1)
     ]
     assert [job.wait() for job in jobs] == [2, 2]
@@ -253,28 +284,20 @@ def test_a_process_with_another_config_is_named(start, tmp_path, cache_dir):
 
 
 def test_a_process_that_never_comes_is_named(start, tmp_path):
-    flags = [
-        f"--coordinator_address=localhost:{free_port()}",
-        "--num_processes=3",
-        "--process_id=0",
-    ]
-    job = start(tmp_path, 1, *flags, "--config.cluster.start_seconds=6")
-    said = run(job, EXIT_LOST)
-    assert "Waited 6 s" in said and "missing: 1, 2" in said
+    flags = [*on_port(free_port(), 3, 0), "--config.cluster.start_seconds=3"]
+    said = run(start(tmp_path, 1, *flags), EXIT_LOST)
+    assert "Waited 3 s" in said and "missing: 1, 2" in said
 
 
-def test_a_second_job_in_one_workdir_is_refused(start, tmp_path):
-    job = start(tmp_path, 1, "--config.train.num_steps=4000", "--config.train.eval_every=2000")
-    while logged_step(tmp_path) < 1:
-        time.sleep(0.05)
-    said = run(start(tmp_path, 1), code=2)
-    assert f"process {job.processes[0].pid} on host {socket.gethostname()}" in said
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+def test_the_odd_one_out_is_told_with_what_it_has():
+    """Three or more: most are right. Nested facts are told by their path."""
+    usual = {"config": {"seed": 0, "model": {"width": 8}}, "code": "a"}
+    odd = {"config": {"seed": 0, "model": {"width": 9}}, "code": "b"}
+    assert odd_one_out([usual, usual]) == ""
+    said = odd_one_out([usual, odd, usual])
+    assert "Process 1 of 3" in said and "config: model.width 9, elsewhere 8" in said
+    said = odd_one_out([usual | {"code": "b"}, usual, usual])
+    assert "Process 0 of 3 differs from the others in its code: 'b', elsewhere 'a'" in said
 
 
 # --- pieces -------------------------------------------------------------------------------------
@@ -312,13 +335,13 @@ SLURM = {
     ],
 )
 def test_place_of_a_process(environ, source, process, count):
-    place = find_place(None, None, None, environ)
-    assert (place.source, place.process, place.count) == (source, process, count)
+    here = find_place(None, None, None, environ)
+    assert (here.source, here.process, here.count) == (source, process, count)
 
 
 def test_flags_win_and_must_be_complete():
-    place = find_place("host:1", 4, 2, SLURM)
-    assert (place.source, place.process, place.count, place.method) == ("flags", 2, 4, "deactivate")
+    here = find_place("host:1", 4, 2, SLURM)
+    assert (here.source, here.process, here.count, here.method) == ("flags", 2, 4, "deactivate")
     with pytest.raises(UserError, match="--num_processes without --coordinator_address, --process"):
         find_place(None, 4, None, {})
     with pytest.raises(UserError, match="--process_id is 4, but --num_processes is 4"):

@@ -1,176 +1,271 @@
-"""Whole runs as real processes: killed, interrupted, damaged, refused, resumed."""
+"""Whole runs: killed, interrupted, damaged, refused, resumed. What is promised of processes is
+shown by real ones; what a message says, by the function that says it."""
 
 import json
 import random
 import shutil
 import signal
-import time
 
 import pytest
-from conftest import wait_for_steps
+from conftest import REPOSITORY, TINY, wait_for_steps
+
+from data_pipelines.errors import UserError
+from demetar.config.command_line import load_config
+from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
+from demetar.job.job import Job
+from demetar.job.watch import Watch
+from demetar.records.files import read_json, read_jsonl
+from demetar.train import train_and_evaluate
+from demetar.training.checkpoints import Checkpoints
+from demetar.training.experiment import build_experiment
+from demetar.training.trainer import Trainer
+
+# What a resume must restore beside the weights: the dropout of a step, and the rate, which the
+# validation lowers. A high rate, and no average of the weights: the best weights are early ones.
+STATEFUL = [
+    "--config.model.dropout=0.1",
+    "--config.optim.schedule=plateau",
+    "--config.optim.factor=0.5",
+    "--config.optim.patience=0",
+    "--config.optim.learning_rate=0.02",
+    "--config.optim.ema_decay=0",
+    "--config.train.eval_every=5",
+]
 
 
 def result(workdir):
-    return json.loads((workdir / "result.json").read_text())
+    return read_json(workdir / "result.json")
 
 
-def steps(workdir, split="train"):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["step"] for line in lines if line["split"] == split]
+def lines(workdir, part):
+    return [line for line in read_jsonl(workdir / "metrics.jsonl") if line["split"] == part]
 
 
 @pytest.fixture(scope="module")
 def finished(runner, tmp_path_factory):
     """A run of 40 steps that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("finished")
-    runner.run(workdir)
+    runner.run(workdir, *STATEFUL)
     return workdir
 
 
-def test_result_files_are_what_the_documentation_promises(finished):
-    found = result(finished)
-    assert found["dataset"] == "qm9" and found["split"] == "test" and found["count"] == 50
-    assert found["targets"]["homo"]["unit"] == "meV" and found["targets"]["homo"]["mae"] > 0
-    assert len(found["params_sha256"]) == 64 and found["step"] in (20, 40)
-    assert found["data_passport"]["molecules"] == 500
-    assert found["config"]["data"]["targets"] == ["homo"]
-    assert json.loads((finished / "config.json").read_text())["config"] == found["config"]
-    scores = {
-        line["step"]: line["score"]
-        for line in map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
-        if line["split"] == "validation"
-    }
-    assert found["step"] == min(scores, key=scores.get)
-    assert found["validation_score"] == min(scores.values())
-    assert steps(finished) == list(range(1, 41))
-    assert steps(finished, "validation") == [20, 40]
-    for picture in ("parity.png", "learning_curves.png"):
-        assert (finished / picture).read_bytes()[:4] == b"\x89PNG"
-    assert list((finished / "events").iterdir())
-
-
-def test_killed_at_a_random_moment_and_resumed_is_the_same_run(runner, finished, tmp_path):
-    rng = random.Random(time.time_ns())
-    moments = [rng.randrange(1, 39), rng.randrange(15, 39)]
-    for moment in moments:
-        runner.kill_after(tmp_path, moment, delay=rng.random() * 0.1)
-    assert "resumed at step" in runner.run(tmp_path), moments
-    expected = (finished / "metrics.jsonl").read_text()
-    assert (tmp_path / "metrics.jsonl").read_text() == expected, moments
-    assert result(tmp_path)["params_sha256"] == result(finished)["params_sha256"], moments
-    assert result(tmp_path)["targets"] == result(finished)["targets"], moments
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_says_how_to_resume_and_has_its_own_code(runner, finished, tmp_path, number):
-    process = runner.start(tmp_path)
-    wait_for_steps(tmp_path, 12, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err[-2000:]
-    assert "The same command goes on from there" in err and "Traceback" not in err
-    saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
-    assert f"after step {saved} of 40" in err
-    assert "resumed at" in runner.run(tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
-    assert result(tmp_path)["params_sha256"] == result(finished)["params_sha256"]
-
-
-def test_the_best_checkpoint_is_kept_and_is_what_is_tested(runner, tmp_path):
-    """A decay that takes the weights away as the rate grows: the best are early ones."""
-    flags = ["--config.optim.schedule=constant", "--config.optim.learning_rate=0.01"]
-    flags += ["--config.optim.warmup_steps=39", "--config.optim.weight_decay=100"]
-    flags += ["--config.train.eval_every=5", "--config.optim.ema_decay=0.0"]
-    runner.run(tmp_path, *flags)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    scores = {x["step"]: x["score"] for x in lines if x["split"] == "validation"}
-    best = min(scores, key=scores.get)
-    assert best < 35  # else the last two would be kept anyway
-    assert result(tmp_path)["step"] == best
-    assert (tmp_path / "checkpoints" / str(best)).is_dir()
-
-
-def test_finished_run_says_so_and_changes_nothing(runner, finished):
-    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.name == "result.json"}
-    assert "is finished" in runner.run(finished)
-    assert before == {p: p.stat().st_mtime_ns for p in before}
-
-
-def test_changed_config_is_refused_with_the_keys(runner, finished):
-    for flag, key in (
-        ("--config.seed=1", "config.seed: 0 in the run, 1 today"),
-        ("--config.optim.learning_rate=0.1", "config.optim.learning_rate"),
-        ("--config.model.width=32", "config.model.width: 16 in the run, 32 today"),
-    ):
-        assert key in runner.run(finished, flag, code=2)
-    runner.run(finished, "--config.log.every_steps=7")  # changes no number
-
-
-def test_evaluate_repeats_the_result_from_the_folder_alone(runner, finished):
-    out = runner.start(finished, module="demetar.evaluate").communicate(timeout=200)[0]
-    again, first = json.loads(out), result(finished)
-    assert again["targets"] == first["targets"] and again["count"] == first["count"]
-
-
 @pytest.fixture
-def half(runner, finished, tmp_path):
+def half(finished, tmp_path):
     """The finished run as it was before its end: whole checkpoints, no result."""
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("damage", ["flip", "remove", "cut off"])
-def test_damaged_checkpoint_falls_back_and_says_so(runner, finished, half, damage):
-    newest = half / "checkpoints" / "40"
-    file = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    if damage == "flip":
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif damage == "remove":
-        file.unlink()
-    else:
-        (newest / "manifest.json").unlink()
-    said = runner.run(half)
-    assert "Checkpoint 40 is not whole" in said and "Going back to the one before" in said
-    assert result(half)["params_sha256"] == result(finished)["params_sha256"]
+@pytest.fixture(scope="module")
+def config_of(cache_dir):
+    """The config of `runner.run(workdir, *flags)`, or with other values: for one device here."""
+
+    def config_of(flags=(), **values):
+        pairs = [flag.removeprefix("--config.").split("=") for flag in TINY["qm9.py:smoke"]]
+        pairs += [flag.removeprefix("--config.").split("=") for flag in flags]
+        number = lambda text: json.loads(text) if text[0].isdigit() else text
+        overrides = {key: number(text) for key, text in pairs}
+        overrides |= {"data.cache_dir": cache_dir, "mesh.data": 1}
+        overrides |= {key.replace("__", "."): value for key, value in values.items()}
+        return load_config(f"{REPOSITORY}/configs/qm9.py:smoke", overrides)
+
+    return config_of
 
 
-def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(runner, half):
-    for file in half.glob("checkpoints/*/manifest.json"):
-        file.write_text('{"files": {"gone": {}}}')
-    assert "is whole" in runner.run(half, code=2)
+# --- a run, disturbed or not ---------------------------------------------------------------------
+
+
+def test_result_files_are_what_the_documentation_promises(finished):
+    found = result(finished)
+    assert found["dataset"] == "qm9" and found["split"] == "test" and found["count"] == 50
+    assert found["targets"]["homo"]["unit"] == "meV" and found["targets"]["homo"]["mae"] > 0
+    assert len(found["params_sha256"]) == len(found["state_sha256"]) == 64
+    assert found["data_passport"]["molecules"] == 500
+    assert found["config"]["data"]["targets"] == ["homo"]
+    assert read_json(finished / "config.json")["config"] == found["config"]
+    scores = {line["step"]: line["score"] for line in lines(finished, "validation")}
+    assert list(scores) == list(range(5, 41, 5))
+    assert found["step"] == min(scores, key=scores.get)
+    assert found["validation_score"] == min(scores.values())
+    assert [line["step"] for line in lines(finished, "train")] == list(range(1, 41))
+    for picture in ("parity.png", "learning_curves.png"):
+        assert (finished / picture).read_bytes()[:4] == b"\x89PNG"
+    assert list((finished / "events").iterdir())
+
+
+def test_the_rate_falls_where_validation_stops_improving(finished):
+    rates = {line["step"]: line["learning_rate"] for line in lines(finished, "train")}
+    best, scale = float("inf"), 1.0
+    for line in lines(finished, "validation")[:-1]:
+        if line["score"] >= best:
+            scale *= 0.5
+        best = min(best, line["score"])
+        step = line["step"]  # the next one has done as many updates; ten of them warm up
+        assert rates[step + 1] == pytest.approx(0.02 * min(1, step / 10) * scale), step
+    assert scale < 0.5
+
+
+def test_the_best_checkpoint_is_kept_and_is_what_is_tested(finished):
+    scores = {line["step"]: line["score"] for line in lines(finished, "validation")}
+    best = min(scores, key=scores.get)
+    assert best < 35  # else the last two would be kept anyway
+    assert result(finished)["step"] == best
+    assert (finished / "checkpoints" / str(best)).is_dir()
+    others = {int(p.name) for p in (finished / "checkpoints").iterdir()} - {best}
+    assert others == {35, 40}
+
+
+def test_killed_interrupted_and_damaged_it_is_the_same_run(runner, finished, tmp_path):
+    """Kill -9 at a drawn moment, SIGINT, SIGTERM, then the newest checkpoint is damaged."""
+    rng = random.Random(20)
+    runner.kill_after(tmp_path, rng.randrange(6, 12), *STATEFUL, delay=rng.random() * 0.1)
+    for number, steps in ((signal.SIGINT, 17), (signal.SIGTERM, 26)):
+        process = runner.start(tmp_path, *STATEFUL)
+        wait_for_steps(tmp_path, steps, process)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == EXIT_PREEMPTED, said[-2000:]
+        assert "The same command goes on from there" in said and "Traceback" not in said
+        assert "resumed at step" in said
+        saved = max(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+        assert f"after step {saved} of 40" in said
+        assert len(lines(tmp_path, "train")) == saved < 40
+    flip_a_bit(largest_file(tmp_path / "checkpoints" / str(saved)))
+    said = runner.run(tmp_path, *STATEFUL)
+    assert f"Checkpoint {saved} is not whole" in said and "Going back to the one before" in said
+    assert "resumed at step" in said
+    assert (tmp_path / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    for key in ("params_sha256", "state_sha256", "targets", "step", "validation_score"):
+        assert result(tmp_path)[key] == result(finished)[key], key
+
+
+def test_evaluate_repeats_the_result_from_the_folder_alone(runner, finished):
+    said = runner.start(finished, module="demetar.evaluate").communicate(timeout=200)[0]
+    again, first = json.loads(said), result(finished)
+    assert again["targets"] == first["targets"] and again["count"] == first["count"]
+
+
+# --- a folder that has a run ---------------------------------------------------------------------
+
+
+def test_finished_run_says_so_and_changes_nothing(runner, finished):
+    files = [p for p in finished.rglob("*") if p.is_file()]
+    before = {p: p.read_bytes() for p in files if p.parent.name not in ("logs", "processes")}
+    assert "is finished" in runner.run(finished, *STATEFUL, "--config.log.every_steps=7")
+    assert before == {p: p.read_bytes() for p in before}
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "key, value, message",
     [
-        (["--config.data.targets=('hommo',)"], "Did you mean 'homo'"),
-        (["--config.data.split=dimnet"], "Did you mean 'dimenet'"),
-        (["--config.data.split=dimenet"], "hold 500"),
-        (["--config.data.buckets=(12,)"], "the largest bucket holds 12"),
-        (["--config.data.batch_size=15"], "must be a positive multiple of 2"),
-        (["--config.data.source=raw", "--config.data.path=/nowhere"], "does not exist"),
-        (["--config.model.edge_attention=ful"], "Did you mean 'full'"),
-        (["--config.model.num_heads=5"], "multiple of"),
+        ("seed", 1, "config.seed: 0 in the run, 1 today"),
+        ("optim__learning_rate", 0.1, "config.optim.learning_rate: 0.02 in the run, 0.1 today"),
+        ("model__width", 32, "config.model.width: 16 in the run, 32 today"),
     ],
 )
-def test_bad_input_is_explained(runner, tmp_path, flags, message):
-    said = runner.run(tmp_path / "run", *flags, code=2)
-    assert message in said and "Traceback" not in said
+def test_changed_config_is_refused_with_the_keys(config_of, finished, key, value, message):
+    with pytest.raises(UserError, match=message):
+        train_and_evaluate(config_of(STATEFUL, **{key: value}), finished, Job.alone())
 
 
-def test_unknown_config_key(runner, tmp_path):
-    said = runner.run(tmp_path / "run", "--config.optim.learning_rat=1", code=2)
-    assert "learning_rat" in said and "learning_rate" in said and "Traceback" not in said
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def test_workdir_that_cannot_be_written(runner, tmp_path):
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda folder: flip_a_bit(largest_file(folder)), "its manifest says"),
+        (lambda folder: largest_file(folder).unlink(), "missing file"),
+        (lambda folder: (folder / "manifest.json").unlink(), "the save was cut off"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+    ids=["flip", "remove", "cut off", "cut manifest"],
+)
+def test_damaged_checkpoint_falls_back_and_says_so(half, damage, reason, capsys):
+    steps = sorted(int(p.name) for p in (half / "checkpoints").iterdir() if p.name.isdigit())
+    damage(half / "checkpoints" / "40")
+    checkpoints = Checkpoints(half, 2, Job.alone())
+    assert checkpoints.latest_step() == steps[-2] == 35
+    _, progress = checkpoints.meta(35)  # it can be read
+    assert progress.last_eval_step == 35
+    assert (half / "damaged" / "40").is_dir()
+    said = capsys.readouterr().err
+    assert "Checkpoint 40 is not whole" in said and "Going back to the one before" in said
+    assert reason in said
+
+
+def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(config_of, half):
+    for file in half.glob("checkpoints/*/manifest.json"):
+        file.write_text('{"files": {"gone": {}}}')
+    with pytest.raises(UserError, match="No checkpoint in .* is whole"):
+        train_and_evaluate(config_of(STATEFUL), half, Job.alone())
+    assert not (half / "result.json").exists()
+
+
+# --- bad input, bad numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"data__targets": ("hommo",)}, "Did you mean 'homo'"),
+        ({"data__split": "dimnet"}, "Did you mean 'dimenet'"),
+        ({"data__split": "dimenet"}, "hold 500"),
+        ({"data__buckets": (12,)}, "the largest bucket holds 12"),
+        ({"data__batch_size": 15, "mesh__data": 2}, "must be a positive multiple of 2"),
+        ({"data__source": "raw", "data__path": "/nowhere"}, "does not exist"),
+        ({"model__edge_attention": "ful"}, "Did you mean 'full'"),
+        ({"model__num_heads": 5}, "multiple of"),
+    ],
+)
+def test_bad_input_is_explained(config_of, values, message):
+    with pytest.raises(UserError, match=message):
+        Trainer(build_experiment(config_of(**values)))
+
+
+def test_bad_input_ends_a_process_with_one_line(runner, tmp_path):
+    for flag, message in (
+        ("--config.data.targets=('hommo',)", "Did you mean 'homo'"),  # of the data
+        ("--config.optim.learning_rat=1", "learning_rate"),  # of the config
+    ):
+        said = runner.run(tmp_path / "run", flag, code=EXIT_USER_ERROR)
+        assert message in said and "Traceback" not in said
+        assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    assert "cannot be written" in runner.run(tmp_path / "file" / "run", code=2)
+    with pytest.raises(UserError, match="cannot be written"):
+        Watch(tmp_path / "file" / "run", 0, 1, lost_seconds=30, stuck_seconds=80)
 
 
 def test_non_finite_loss_names_step_and_molecules(runner, tmp_path):
-    said = runner.run(tmp_path / "run", "--config.optim.learning_rate=1e30", code=1)
+    """In a process: its code, and no traceback, and that it counts as a failure."""
+    flag = "--config.optim.learning_rate=1e30"
+    said = runner.run(tmp_path / "run", flag, code=EXIT_FAILED)
     assert "Step " in said and "molecules" in said and "Traceback" not in said
+    [line] = read_jsonl(tmp_path / "run" / "failures.jsonl")
+    assert line["error"].startswith("NonFiniteLoss: Step ")
+
+
+# --- in one process ------------------------------------------------------------------------------
+
+
+def test_a_run_of_this_process_stops_and_goes_on(config_of, tmp_path):
+    """`Job.alone()`: nobody watches, and `stop_at` ends it as a signal would."""
+    config = lambda stop_at: config_of(STATEFUL, checkpoint__stop_at=stop_at, train__num_steps=12)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = train_and_evaluate(config(0), tmp_path / "whole", Job.alone())
+    with pytest.raises(Preempted, match="config.checkpoint.stop_at=3 after step 3 of 12"):
+        train_and_evaluate(config(3), tmp_path / "cut", Job.alone())
+    again = train_and_evaluate(config(0), tmp_path / "cut", Job.alone())
+    assert again["state_sha256"] == whole["state_sha256"]

@@ -11,6 +11,7 @@ import signal
 import time
 
 import jax
+import ml_collections
 import numpy as np
 
 from data_pipelines.errors import UserError
@@ -126,15 +127,24 @@ def logged_step(workdir: pathlib.Path) -> int:
 
 def parse_for_runs(
     parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, list[str]]:
-    """The options of a command, and the arguments of the runs that it starts.
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict, list[str]]:
+    """The options of a command, the config of the runs that it starts, and their arguments.
 
     Raises:
       UserError: a run would refuse them.
     """
     options, rest = parser.parse_known_args(arguments)
-    command_line.parse_with_config(parser, arguments)
-    return options, rest
+    _, config = command_line.parse_with_config(parser, arguments)
+    return options, config, rest
+
+
+def check_steps(config: ml_collections.ConfigDict, steps: int) -> None:
+    """Refuses to compare runs of this config after more steps than they have."""
+    if steps > config.train.num_steps:
+        raise UserError(
+            f"Runs of {steps} steps are to be compared, but config.train.num_steps is "
+            f"{config.train.num_steps}: choose fewer --steps, or raise it."
+        )
 
 
 class RunFailed(UserError):

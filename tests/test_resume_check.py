@@ -1,0 +1,165 @@
+"""The commands that prove a resume: what they call the same, what they end with."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, TINY
+
+from data_pipelines.errors import UserError
+from demetar import chaos, verify_resume
+from demetar.config.command_line import load_config
+from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_USER_ERROR
+from demetar.job.job import Job
+from demetar.tools import local_job
+from demetar.tools.local_job import LocalJob
+from demetar.tools.random_kills import EXACT
+from demetar.tools.resume_check import Comparison, RunFailed, compare, finish
+from demetar.train import train_and_evaluate
+
+SMALLEST = "nbody.py:smoke,linear"
+
+
+def command(runner, module, *arguments, **environment):
+    """Starts a command as a process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module, *arguments, f"--config.data.cache_dir={runner.cache_dir}"],
+        cwd=REPOSITORY,
+        env=runner.environment() | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_both_commands_on_runs_that_are_exact(runner):
+    """Dropout and bfloat16, compiled as for a user; then a kill at a drawn moment."""
+    flags = ["--config=configs/qm9.py:smoke", *TINY["qm9.py:smoke"], "--config.model.dropout=0.1"]
+    flags += ["--config.model.edge_layers=0", "--config.model.node_layers=0"]
+    flags += ["--config.model.dtype=bfloat16", "--config.train.eval_every=10", "--steps=8"]
+    verifies = command(runner, "demetar.verify_resume", *flags, XLA_FLAGS="")
+    flags = [f"--config=configs/{SMALLEST}", "--config.train.num_steps=150", "--steps=150"]
+    kills = command(runner, "demetar.chaos", *flags, "--kills=1", "--cpu=1")
+    said, errors = verifies.communicate(timeout=280)
+    assert verifies.returncode == EXIT_DONE, said + errors
+    assert "verdict               EXACT: wanted bit for bit" in said
+    said, errors = kills.communicate(timeout=280)
+    assert kills.returncode == EXIT_DONE, said + errors
+    found = json.loads(said)
+    assert found["verdict"] == EXACT and found["same_graphs"] and found["same_state"]
+    [kill] = found["attempts"]
+    assert kill["exit_codes"] == [-9] and not kill["finished_before"]
+    assert 0 <= kill["resumes_from"] < 150
+
+
+# --- what is the same ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(cache_dir, tmp_path_factory):
+    """Folders of finished runs of this process: one, the same again, one with another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        overrides = {"data.cache_dir": cache_dir, "seed": seed, "log.graphs": True, "mesh.data": 1}
+        overrides |= {"train.num_steps": 12, "train.eval_every": 12}
+        (folder / name).mkdir()
+        config = load_config(f"{REPOSITORY}/configs/{SMALLEST}", overrides)
+        train_and_evaluate(config, folder / name, Job.alone())
+    return folder
+
+
+def test_the_same_run_twice_is_the_same(runs):
+    found = compare(runs / "first", runs / "again", 12)
+    assert found.is_good(same_topology=True) and found.is_good(same_topology=False)
+    assert found.same_graphs and found.same_state and found.loss == found.norm == 0.0
+    assert "bit for bit the same" in "\n".join(found.lines())
+
+
+def test_another_seed_is_another_run(runs):
+    found = compare(runs / "first", runs / "other", 12)
+    assert not found.same_graphs and not found.same_state and found.norm > 0
+    assert not found.is_good(same_topology=True) and not found.is_good(same_topology=False)
+    assert found.first_difference.startswith("step 1: [")
+    assert "step 1: [" in "\n".join(found.lines())
+
+
+def test_only_small_differences_pass_elsewhere():
+    found = lambda loss, dtype: Comparison(True, "", loss, loss, False, "", dtype)
+    assert not found(0.0, "float32").is_good(same_topology=True)
+    assert found(9e-6, "float32").is_good(same_topology=False)
+    assert not found(2e-5, "float32").is_good(same_topology=False)
+    assert not found(9e-6, "float64").is_good(same_topology=False)
+    assert not found(0.0, "bfloat16").is_good(same_topology=False)  # nothing is promised
+
+
+# --- what the commands end with ------------------------------------------------------------------
+
+
+def test_not_exact_ends_with_1(monkeypatch, capsys):
+    differs = Comparison(True, "", 0.5, 0.0, False, "abc", "float32")
+    monkeypatch.setattr(verify_resume, "verify", lambda *_: differs)
+    assert verify_resume.main(["--config=qm9:smoke"]) == EXIT_FAILED
+    assert "NOT EXACT" in capsys.readouterr().out
+    monkeypatch.setattr(chaos, "chaos", lambda *_: {"verdict": "DIFFERS"})
+    assert chaos.main(["--config=qm9:smoke", "--steps=40"]) == EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    "main, arguments, message",
+    [
+        (verify_resume.main, [], "--config"),
+        (verify_resume.main, ["--config=qm9:smok"], "no variant 'smok'"),
+        (verify_resume.main, ["--config=qm9:smoke", "--resume_mesh=1,2"], "three sizes"),
+        (verify_resume.main, ["--config=qm9:smoke", "--steps=0"], "at least 1"),
+        (verify_resume.main, ["--config=qm9:smoke", "--steps=30"], "60 steps .*num_steps is 40"),
+        (verify_resume.main, ["--config=qm9:smoke", "--stepz=9"], "Did you mean '--steps'"),
+        (chaos.main, ["--config=qm9:smoke", "--config.seeed=1"], "config.seed"),
+        (chaos.main, ["--config=qm9:smoke"], "200 steps .*num_steps is 40"),
+        (chaos.main, ["--config=qm9:smoke", "--kills=0"], "at least 1"),
+    ],
+)
+def test_a_mistake_ends_with_2_before_anything_runs(main, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(local_job.subprocess, "Popen", lambda *_, **__: pytest.fail("it runs"))
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == EXIT_USER_ERROR
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_that_fails_by_itself_gives_the_command_its_code(monkeypatch, capsys):
+    class Failed:
+        first_to_fail = 1
+        wait = lambda self: EXIT_NO_PROGRESS
+        tail = lambda self, process: f"the last words of process {process}"
+
+    with pytest.raises(RunFailed, match="code 78(.|\n)*last words of process 1"):
+        finish(Failed())
+    monkeypatch.setattr(verify_resume, "verify", lambda *_: finish(Failed()))
+    with pytest.raises(SystemExit) as end:
+        verify_resume.main(["--config=qm9:smoke"])
+    assert end.value.code == EXIT_NO_PROGRESS
+    assert issubclass(RunFailed, UserError) and "Traceback" not in capsys.readouterr().err
+
+
+# --- local ---------------------------------------------------------------------------------------
+
+
+def test_processes_start_beside_a_foreign_folder_of_our_name(tmp_path, monkeypatch):
+    (tmp_path / "data_pipelines").mkdir()
+    (tmp_path / "data_pipelines" / "__init__.py").write_text("raise SystemExit('foreign')")
+    monkeypatch.chdir(tmp_path)
+    job = LocalJob(["--help"], 1, quiet=True)
+    assert job.wait() == EXIT_DONE, job.tail(0)
+    assert "--coordinator_address" in job.tail(0)
+
+
+def test_counts_are_whole_numbers_from_1():
+    assert local_job.positive("3") == 3
+    for text in ("0", "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+            local_job.positive(text)
+    with pytest.raises(ValueError):
+        local_job.positive("two")
