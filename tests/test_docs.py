@@ -141,6 +141,14 @@ def test_a_command_that_no_test_runs_says_why():
             assert fence.reason, f"{fence.page}: write <!-- not run: why --> before\n{fence.text}"
 
 
+def test_the_readme_begins_with_the_two_set_ups():
+    """`.ci/run` takes the second; a stranger takes the first."""
+    first, second, *_ = [f for f in ALL if f.page == "README.md" and f.language in SHELL]
+    main_job = ["python", "-m", "demetar.main", "--config=configs/qm9.py:quick"]
+    assert first.commands()[-1] == main_job
+    assert second.commands()[-1] == ["python", "-m", "pytest"]
+
+
 def test_other_commands_name_what_exists():
     setup = (REPOSITORY / "setup.py").read_text()
     for fence in ALL:
