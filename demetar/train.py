@@ -65,7 +65,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
 
     ### The loop. The host reads the sums of step k after step k + 1 is dispatched; before it
     ### evaluates, saves or logs it must have them all.
-    train, num_steps = config.train, config.train.num_steps
+    num_steps = config.train.num_steps
     loop_start = time.perf_counter() - progress.train_seconds  # as if never stopped
     graphs_seen = graph_log.GraphLog(workdir, job.process) if config.log.graphs else None
     batches = trainer.batches(range(step, num_steps))
@@ -75,7 +75,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     while True:
         stop = stop or 0 < config.checkpoint.stop_at == step
         last = step == num_steps
-        evaluates = step > progress.last_eval_step and (last or step % train.eval_every == 0)
+        evaluates = step > progress.last_eval_step and (last or step % config.train.eval_every == 0)
         saves = step > saved_step and step % config.checkpoint.every_steps == 0
         logs = step > first_step and (last or step % config.log.every_steps == 0)
         if pending is not None and (evaluates or saves or logs or stop):
@@ -125,10 +125,8 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         result = final_result(workdir, evaluator, experiment, best.ema, state, progress)
     checkpoints.close()
     if result is None:
-        raise Preempted(
-            f"Stopped by {why_stopped(config, step, job)} after step {step} of {num_steps}, "
-            f"saved in {workdir}."
-        )
+        by = why_stopped(config, step, job)
+        raise Preempted(f"Stopped by {by} after step {step} of {num_steps}, saved in {workdir}.")
     return result
 
 

@@ -280,6 +280,11 @@ class Demetar(GraphModel):
     def _positions(self, graph: Graph, node_NxD: Array, wide) -> Array:
         """Where the nodes are after the horizon, by the formula that `equivariance` names."""
         x_Nx3, mask = graph.position, graph.node_mask[:, None]
+        if self.equivariance == "velocity" and graph.velocity is None:
+            raise UserError(
+                "config.model.equivariance='velocity' moves nodes along their velocities, and "
+                "these data have none: set it to 'com' or 'translation'."
+            )
         if self.equivariance in ("com", "velocity"):
             phi_Nx1 = Mlp(self.width, 1, wide, name="head_position")(node_NxD)
             along = (
