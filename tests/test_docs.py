@@ -139,6 +139,8 @@ def test_a_command_that_no_test_runs_says_why():
     for fence in ALL:
         if fence.language in SHELL and fence.page != EXTENDING:
             assert fence.reason, f"{fence.page}: write <!-- not run: why --> before\n{fence.text}"
+            for file in re.findall(r"\btests/\w+\.py", fence.reason):
+                assert (REPOSITORY / file).exists(), (fence.page, file)
 
 
 def test_the_readme_begins_with_the_two_set_ups():
@@ -263,6 +265,14 @@ def test_paths_exist(page):
         ):
             continue
         assert (REPOSITORY / path).exists(), f"{page.name} names {text}"
+
+
+def test_links_of_pages_outside_of_the_site_lead_somewhere():
+    """Sphinx checks those of the site."""
+    for page in PAGES:
+        if REPOSITORY / "docs" not in page.parents:
+            for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+                assert (page.parent / link).exists(), (page.name, link)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
