@@ -36,6 +36,7 @@ highlight_language = "text"
 html_theme = "sphinx_book_theme"
 html_title = "demetar"
 html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "show_navbar_depth": 1,
     "home_page_in_toc": True,
