@@ -1,7 +1,9 @@
 """What makes steps fast changes nothing but the speed; and what is told of it is right."""
 
 import concurrent.futures
-import json
+import dataclasses
+import io
+import logging
 import os
 import re
 import subprocess
@@ -11,19 +13,23 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, load_config
 from test_models import VARIANTS, build, graph_for, loss_and_gradients
-from test_step import make_experiment, run, tree_close
+from test_plan import trainer_on
 
-from data_pipelines import batching
-from data_pipelines.batch_plan import BatchPlan, Bucket
+from data_pipelines.batch_plan import Bucket
 from data_pipelines.errors import UserError
-from demetar.models.layers import attend
-from demetar.records import graph_log
+from demetar.config.command_line import load_config
+from demetar.exits import NonFiniteLoss
+from demetar.job.job import Job
+from demetar.job.place import Place
+from demetar.models import ops
 from demetar.speed import flops, machine, trace
 from demetar.speed.pace import Pace
-from demetar.train import new_pace
-from demetar.training.experiment import build_experiment
+from demetar.tools import profiler
+from demetar.train import train_and_evaluate
+from demetar.training.progress import Progress
+from demetar.training.reporter import Reporter
+from demetar.training.trainer import Trainer
 
 # --- counting ----------------------------------------------------------------------------------
 
@@ -32,7 +38,8 @@ def gradient_and_example(model, params):
     """What `GraphCost` counts: the gradient of a batch of one graph of the given size."""
 
     def summed(params, batch):
-        return jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch).sum()
+        predictions = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
+        return sum(x.sum() for x in predictions.values())
 
     def example(num_nodes, num_edges):
         bucket = Bucket(num_nodes, num_edges)
@@ -45,7 +52,14 @@ def gradient_and_example(model, params):
 SIZES = np.array([[n, n + k] for n in range(6, 14) for k in range(-2, 3)])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# These count as another variant does, but for a read-out or a scale.
+LIKE_OTHERS = ("blog", "post", "mean", "node", "none", "translation", "com")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=[pytest.mark.slow] if v in LIKE_OTHERS else []) for v in VARIANTS],
+)
 def test_cost_of_a_graph_is_a_polynomial_of_its_size(variant, float64):
     """For every model: interpolated counts equal counted ones at sizes that were left out."""
     model, params = build(variant)
@@ -78,10 +92,8 @@ def test_count_is_near_the_compilers(variant):
 
 
 def test_products_with_ones_and_zeros_count_nothing():
-    from demetar.models.layers import select_rows
-
     table, one_hot = np.ones((4, 5), np.float32), np.ones((3, 2, 4), np.float32)
-    gradient = jax.grad(lambda table: jax.vmap(lambda x: select_rows(x, table))(one_hot).sum())
+    gradient = jax.grad(lambda table: jax.vmap(lambda x: ops.select_rows(x, table))(one_hot).sum())
     assert flops.count(gradient, table).matmul == 0
 
 
@@ -199,67 +211,13 @@ def test_the_written_gradient_of_attention_is_autodiffs(float64):
     weigh = rng.normal(size=(3, 5, 4))
     found, expected = (
         jax.value_and_grad(lambda *x: (f(*x) * weigh).sum(), argnums=(0, 1, 2, 3))(q, k, v, bias)  # noqa: B023
-        for f in (attend, plain)
+        for f in (ops.attend, plain)
     )
-    tree_close(found, expected, rtol=1e-10, atol=1e-12)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_several_steps_in_one_call_are_the_steps(dataset, float64):
-    """`lax.scan` over stacked batches: the same losses and the same state."""
-    plain, state_1 = run(make_experiment(dataset, 2, "float64"), 6)
-    together = make_experiment(dataset, 2, "float64", steps_per_call=3)
-    losses, state_3 = run(together, 6)
-    np.testing.assert_allclose(losses, plain, rtol=1e-12)
-    tree_close(state_3.params, state_1.params, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "key, value, message",
-    [
-        ("checkpoint.every_steps", 7, r"every_steps \(7\) must be a multiple of .*\(5\): 5 or 10"),
-        ("train.num_steps", 42, r"num_steps \(42\) must be a multiple"),
-        ("data.buckets", (12, 29), "needs graphs of one bucket, and the data have 2"),
-    ],
-)
-def test_steps_per_call_refuses_what_it_cannot_align(cache_dir, key, value, message):
-    config = load_config("qm9", "smoke")
-    config.data.cache_dir = cache_dir
-    config.log.every_steps = 5
-    config.train.steps_per_call = 5
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=message):
-        build_experiment(config)
-
-
-def test_a_config_file_of_before_is_told_what_it_lacks():
-    config = load_config("qm9", "smoke")
-    del config.train.steps_per_call
-    with pytest.raises(UserError, match="no train.steps_per_call: set it"):
-        build_experiment(config)
-
-
-def test_a_killed_run_of_several_steps_a_call_goes_on_bit_for_bit(runner, tmp_path):
-    several = ["--config.train.steps_per_call=5", "--config.log.every_steps=5"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    several.append("--config.log.identity=True")
-    runner.run(whole, *several, config="nbody.py:smoke")
-    runner.kill_after(cut, 3, *several, config="nbody.py:smoke")
-    said = runner.run(cut, *several, config="nbody.py:smoke")
-    assert graph_log.read_identity(whole) == graph_log.read_identity(cut)
-    assert "resumed at step" in said
-    assert (whole / "metrics.jsonl").read_bytes() == (cut / "metrics.jsonl").read_bytes()
-    hashes = [json.loads((d / "result.json").read_text())["state_sha256"] for d in (whole, cut)]
-    assert hashes[0] == hashes[1]
-
-
-def test_a_loss_that_is_not_finite_inside_a_call_names_its_step(runner, tmp_path):
-    flags = ["--config.train.steps_per_call=5", "--config.log.every_steps=5"]
-    flags += ["--config.optim.learning_rate=1e30", "--config.optim.clip_norm=1e30"]
-    said = runner.run(tmp_path / "run", *flags, config="nbody.py:smoke", code=1)
-    assert re.search(r"Step [2345]: the loss is (nan|inf).* systems \d+", said)
-
-
-@pytest.mark.parametrize("variant", ["default", "environment", "along_edges", "e3", "egnn_qm9"])
+@pytest.mark.parametrize("variant", ["environment", "along_edges", "e3", "egnn_qm9"])
 def test_bfloat16_is_near_float32(variant):
     """8 bits: predictions within 3 % of their size, gradients in the same direction."""
     found = {}
@@ -279,26 +237,84 @@ def test_bfloat16_is_near_float32(variant):
     assert cosine > 0.99
 
 
-def test_each_step_compiles_once_per_bucket(runner, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
-    flags = ["--config.data.buckets=(17,20,29)", "--config.train.num_steps=60"]
-    said = runner.run(tmp_path / "run", *flags)
+# --- what a person sees -------------------------------------------------------------------------
+
+
+class AtOnce(concurrent.futures.Executor):
+    """Does at once what a run leaves to a thread."""
+
+    def submit(self, function, *arguments):
+        done = concurrent.futures.Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+@pytest.fixture(scope="module")
+def said(cache_dir, tmp_path_factory):
+    """What a run with three buckets says, and what JAX says of its compiling."""
+    changes = {"data.cache_dir": cache_dir, "data.buckets": (17, 20, 29), "model.num_layers": 1}
+    changes |= {"train.num_steps": 30, "train.eval_every": 15, "log.every_steps": 10}
+    changes |= {"mesh.data": 1, "data.eval_batch_size": 16, "log.writers": ()}
+    job, workdir = Job.alone(), tmp_path_factory.mktemp("said")
+    job.background = AtOnce()
+    stream = io.StringIO()
+    heard = logging.StreamHandler(stream)
+    with pytest.MonkeyPatch.context() as patch, jax.log_compiles():
+        patch.setattr(sys, "stderr", stream)
+        logging.getLogger("jax").addHandler(heard)
+        try:
+            train_and_evaluate(load_config("qm9:smoke,egnn", changes), workdir, job)
+        finally:
+            logging.getLogger("jax").removeHandler(heard)
+    return stream.getvalue()
+
+
+def test_each_step_compiles_once_per_bucket(said):
     for name in ("train_step", "evaluate"):
         assert said.count(f"Finished XLA compilation of jit({name})") == 3, name
 
 
-# --- what a person sees -------------------------------------------------------------------------
+def test_progress_tells_share_of_the_peak_fill_and_data_wait(said):
+    lines = [line for line in said.splitlines() if line.startswith("step ") and "ETA" in line]
+    assert len(lines) == 3 and all("fill" in line and "data wait" in line for line in lines)
+    share = re.search(r"([\d.]+)% of float32 peak, ", lines[-1])
+    assert 0 < float(share[1]) <= 100
+    assert re.search(r"peak .* GFLOP/s, float32 matrix products on 8 x cpu", said)
 
 
-def test_stacked_batches_are_the_batches(dataset):
-    bucket = dataset.buckets[-1]
-    graphs = [
-        batching.gather(dataset.arrays, np.arange(start, start + 3), bucket) for start in (0, 3)
-    ]
-    number, both = batching.stacked([(5, g) for g in graphs])
-    assert number == 5 and both.velocity is None
-    np.testing.assert_array_equal(both.position[1], graphs[1].position)
-    assert batching.stacked([(2, graphs[0])]) == (2, graphs[0])
+def test_work_of_steps_is_that_of_their_real_graphs(cache_dir, tmp_path):
+    """Operations, once they are counted; nodes and slots; graphs that fill up count nothing."""
+    experiment, job = trainer_on(cache_dir, 1, 1, 1).experiment, Job.alone()
+    split = experiment.dataset.split | {"train": np.arange(20)}
+    dataset = dataclasses.replace(experiment.dataset, split=split)
+    trainer = Trainer(dataclasses.replace(experiment, dataset=dataset))
+    plan, sizes = trainer.plan, experiment.arrays.sizes
+    report = Reporter(trainer, tmp_path, Progress.new(2), job, 0)
+    assert report.work_of([1])[1] is None
+    report.count_operations()
+    job.background.shutdown()
+    step = next(k for k in range(plan.steps_per_epoch) if (plan[k][1] < 0).any())
+    bucket, graphs = plan[step]
+    graphs = graphs[graphs >= 0]
+    number, operations, nodes, slots = report.work_of([step + 1])
+    own = sizes.num_nodes[graphs], sizes.num_edges[graphs]
+    assert number == len(graphs) < plan.batch_size and nodes == own[0].sum()
+    np.testing.assert_allclose(operations, trainer.experiment.graph_cost.flops(*own).sum())
+    assert slots == plan.batch_size * plan.buckets[bucket].num_nodes
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_graphs(cache_dir, tmp_path):
+    trainer = trainer_on(cache_dir, 1, 1, 1)
+    report = Reporter(trainer, tmp_path, Progress.new(2), Job.alone(), 0)
+    state = trainer.experiment.create_state()
+    bucket, graphs = trainer.gather(6)
+    state, sums = trainer.step(state, bucket, trainer.place(graphs))
+    assert not report.collect(sums, 7)
+    graphs.position[3, 0] = np.nan
+    _, sums = trainer.step(state, bucket, trainer.place(graphs))
+    named = rf"Step 7: the loss is nan.* Not finite: molecules {graphs.index[3]}\. Nothing"
+    with pytest.raises(NonFiniteLoss, match=named):
+        report.collect(sums, 7)
 
 
 def test_phases_are_told_by_names():
@@ -322,15 +338,13 @@ def test_a_loop_does_not_count_its_body_twice():
     assert trace.self_times(events) == {"while": 50, "dot": 35, "add": 20}
 
 
-@pytest.mark.parametrize("config", ["qm9.py:smoke", "nbody.py:smoke"])
-def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path, config):
-    several = ["--config.train.steps_per_call=5"] if "nbody" in config else []
+def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path):
     said = runner.run(
         None,
-        f"--config={REPOSITORY}/configs/{config}",
+        "--config=qm9:smoke,egnn",
         f"--config.data.cache_dir={runner.cache_dir}",
-        "--config.model.width=16",
-        *several,
+        "--config.data.buckets=(17,29)",
+        "--config.model.num_layers=1",
         "--steps=3",
         f"--trace={tmp_path}",
         module="demetar.profile",
@@ -339,31 +353,15 @@ def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path, config):
     for name in ("assemble", "transfer", *trace.PHASES, "idle", "log", "save", "evaluate"):
         assert float(rows[name]) >= 0, name
     assert float(rows["forward"]) > 0 and float(rows["backward"]) > 0
+    assert re.search(r"bucket (17|29)/\d+, batch 16: .* molecules/s, .*% of float32 peak", said)
     assert list(tmp_path.rglob("*.xplane.pb"))
 
 
-def test_progress_tells_share_of_the_peak_fill_and_data_wait(runner, tmp_path):
-    said = runner.run(tmp_path / "run")
-    lines = [line for line in said.splitlines() if line.startswith("step ") and "ETA" in line]
-    assert lines and all("fill" in line and "data wait" in line for line in lines)
-
-
-def test_work_of_steps_is_that_of_their_real_graphs(dataset):
-    """Operations, once they are counted; nodes and slots; graphs that fill up count nothing."""
-    experiment = make_experiment(dataset)
-    sizes = experiment.arrays.sizes
-    plan = BatchPlan(sizes, np.arange(20), dataset.buckets, 16, seed=0)
-    cost = concurrent.futures.Future()
-    pace = new_pace(experiment, plan, 0, cost)
-    pace.add(1)
-    assert pace.lap(1).flops is None
-    cost.set_result(experiment.graph_cost)
-    step = next(k for k in range(plan.steps_per_epoch) if (plan[k][1] < 0).any())
-    bucket, graphs = plan[step]
-    graphs = graphs[graphs >= 0]
-    pace.add(step + 1)
-    lap = pace.lap(step + 1)
-    flops_g = experiment.graph_cost.flops(sizes.num_nodes[graphs], sizes.num_edges[graphs])
-    np.testing.assert_allclose(lap.flops / lap.rate, flops_g.mean())
-    slots = 16 * plan.buckets[bucket].num_nodes
-    np.testing.assert_allclose(lap.fill, sizes.num_nodes[graphs].sum() / slots)
+def test_profile_looks_at_one_process(monkeypatch):
+    profiler.check_alone(Place("one process"))
+    profiler.check_alone(Place("TPU", None, None))  # JAX counts: one here
+    with pytest.raises(UserError, match="one process, but flags started 2"):
+        profiler.check_alone(Place("flags", 1, 2))
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="one process, but TPU started 4"):
+        profiler.check_alone(Place("TPU", None, None))
