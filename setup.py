@@ -52,8 +52,8 @@ setup(
         "plan-gpu": ["jax[cuda12-local]"],
         "plan-tpu": ["jax[tpu]"],
         # Writers, for config.log.writers.
-        "wandb": ["wandb>=0.17"],
-        "mlflow": ["mlflow-skinny>=2.14"],
+        "wandb": ["wandb>=0.30"],
+        "mlflow": ["mlflow>=3"],
         "test": [
             "hypothesis>=6",
             "kubeflow-trainer-api>=2",  # the public schema of JobSet, as Python types

@@ -16,6 +16,7 @@ from demetar.config import command_line
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.job import place
 from demetar.job.job import join_job
+from demetar.records.writers import check_writers
 from demetar.train import train_and_evaluate
 from demetar.training import runtime
 
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--num_processes", type=int, metavar="N", help="of the job")
     parser.add_argument("--process_id", type=int, metavar="N", help="of this one, from 0")
     options, config = command_line.parse_with_config(parser, arguments)
+    check_writers(config.log.writers)
     faulthandler.enable()  # a crash inside of XLA says where Python was
     workdir = options.workdir or f"runs/{command_line.run_name(options.config)}"
     here = place.find_place(options.coordinator_address, options.num_processes, options.process_id)

@@ -29,6 +29,7 @@ def make_trainer(cache_dir, mesh=(1, 1, 1), dtype="float32", config="qm9:smoke",
             "data.batch_size": 16,
             "model.width": 16,
             "model.num_heads": 4,
+            "model.node_layers": 0,  # a joint layer is the same; each takes a second to compile
             "optim.schedule": "constant",
             "optim.warmup_steps": 0,
             "optim.learning_rate": 1e-3,
@@ -71,18 +72,13 @@ def test_float64_on_any_mesh(cache_dir, float64, on_one_device, mesh):
     one, state_1 = on_one_device
     many, state_n = run(make_trainer(cache_dir, mesh, "float64"), 40)
     np.testing.assert_allclose(many, one, rtol=1e-10)
-    norms = [float(optax.global_norm(s.params)) for s in (state_1, state_n)]
+    norms = [float(optax.tree.norm(s.params)) for s in (state_1, state_n)]
     np.testing.assert_allclose(*norms, rtol=1e-10)
 
 
-def test_accumulation_on_a_mesh_of_three_axes(cache_dir, float64, on_one_device):
-    trainer = make_trainer(cache_dir, (2, 2, 2), "float64", train__accumulation=4)
-    many, _ = run(trainer, 4)
-    np.testing.assert_allclose(many, on_one_device[0][:4], rtol=1e-10)
-
-
 def test_accumulation_equals_the_plain_step(cache_dir, float64, on_one_device):
-    trainer = make_trainer(cache_dir, (2, 1, 1), "float64", train__accumulation=4)
+    """In four micro-batches, on a mesh of three axes: the same losses and parameters."""
+    trainer = make_trainer(cache_dir, (2, 2, 2), "float64", train__accumulation=4)
     four, state_4 = run(trainer, 4)
     np.testing.assert_allclose(four, on_one_device[0][:4], rtol=1e-10)
     _, state_1 = run(make_trainer(cache_dir, dtype="float64"), 4)
@@ -193,24 +189,30 @@ def test_another_shape_is_an_error_not_a_recompilation():
 
 
 def test_dropout_is_a_function_of_seed_and_step(cache_dir):
-    a, _ = run(make_trainer(cache_dir, model__dropout=0.3), 3)
-    b, _ = run(make_trainer(cache_dir, (8, 1, 1), model__dropout=0.3), 3)
+    small = {"model__edge_layers": 0}
+    a, _ = run(make_trainer(cache_dir, model__dropout=0.3, **small), 3)
+    b, _ = run(make_trainer(cache_dir, (2, 1, 1), model__dropout=0.3, **small), 3)
     none, _ = run(make_trainer(cache_dir), 3)
     np.testing.assert_allclose(a, b, rtol=1e-5)
     assert np.abs(a - none).max() > 1e-3
 
 
 def test_sixteen_molecules_are_learned_by_heart(cache_dir):
-    """That anything learns at all: the error falls below 5 % of the trivial one, here 1."""
+    """That anything learns at all: the error falls below 5 % of the trivial one, which is 1."""
     trainer = make_trainer(
-        cache_dir, optim__learning_rate=3e-3, optim__weight_decay=0.0, model__width=32
+        cache_dir,
+        data__targets=("homo",),
+        optim__schedule="cosine",
+        optim__learning_rate=5e-3,
+        optim__weight_decay=0.0,
+        train__num_steps=400,
     )
-    graphs = trainer.experiment.dataset.split["train"][:16]
-    bucket = trainer.experiment.dataset.buckets[0]
-    batch = trainer.place(batching.gather(trainer.experiment.arrays, graphs, bucket))
-    state = trainer.experiment.create_state()
+    experiment = trainer.experiment
+    graphs = experiment.dataset.split["train"][:16]
+    batch = batching.gather(experiment.arrays, graphs, experiment.dataset.buckets[0])
+    batch, state = trainer.place(batch), experiment.create_state()
     for _ in range(400):
-        state, sums = trainer.step(state, 0, batch, lr_scale=1.0)
+        state, sums = trainer.step(state, 0, batch)
     assert float(sums.loss) / 16 < 0.05
 
 

@@ -69,9 +69,13 @@ class Experiment:
         """How each leaf of the state lies on today's mesh: `PartitionSpec`s."""
         return sharding.state_specs(self.mesh, self.model.SHARDING_RULES, self._shapes)
 
+    @functools.cached_property
+    def _jitted_init(self):
+        return jax.jit(self._init, out_shardings=sharding.named(self.mesh, self.state_specs))
+
     def create_state(self) -> TrainState:
         """A fresh state, born in its shardings."""
-        return jax.jit(self._init, out_shardings=sharding.named(self.mesh, self.state_specs))()
+        return self._jitted_init()
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state on today's mesh."""

@@ -63,6 +63,7 @@ class Reporter:
         loss, grad_norm = float(on_host.loss), float(on_host.grad_norm)
         if not (np.isfinite(loss) and np.isfinite(grad_norm)):
             items = self._experiment.dataset.items
+            self.close()  # what went well so far is written
             raise NonFiniteLoss(
                 f"Step {step}: the loss is {loss}, the norm of the gradient {grad_norm}. "
                 f"{self._blame(sums, step)} Nothing of this step was saved. Look at these {items}, "

@@ -140,7 +140,7 @@ def make_train_step(
         ema = jax.tree.map(
             lambda e, p: (e + (1 - decay) * (p - e)).astype(p.dtype), state.ema, params
         )
-        sums = StepSums(total, graphs, errors, optax.global_norm(grad), loss_B, stop)
+        sums = StepSums(total, graphs, errors, optax.tree.norm(grad), loss_B, stop)
         return TrainState(state.step + 1, params, opt_state, ema), sums
 
     return train_step
