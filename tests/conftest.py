@@ -83,6 +83,11 @@ TINY = {
     ],
     # For what asks nothing of the model.
     "nbody.py:smoke,linear": ["--config.data.eval_batch_size=4"],
+    "nbody.py:smoke,set_transformer": [
+        "--config.model.width=8",
+        "--config.model.num_layers=1",
+        "--config.model.num_heads=2",
+    ],
 }
 
 

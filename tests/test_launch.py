@@ -11,11 +11,14 @@ import time
 
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY
+from conftest import REPOSITORY
 
-from demetar.verify_resume import latest_step, logged_step
+from demetar.tools.resume_check import latest_step, logged_step
 
 LAUNCH = REPOSITORY / "launch"
+# Steps of a model that takes next to no time: enough for a signal to come between them.
+LONG = ["--config.train.num_steps=800", "--config.train.eval_every=800"]
+LONG += ["--config.checkpoint.every_steps=100"]
 BIN = pathlib.Path(sys.executable).parent
 
 
@@ -34,11 +37,11 @@ def calls(folder, name):
 
 
 @pytest.fixture
-def cluster(tmp_path):
+def cluster(runner, tmp_path):
     """A folder of stand-ins that comes first on PATH, and the environment with it."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = runner.environment()
     environment["PATH"] = f"{folder}:{BIN}:{environment['PATH']}"
     return folder, environment
 
@@ -97,13 +100,12 @@ def slurm(cluster):
     return folder, environment | {"TASKS": "1"}
 
 
-def test_slurm_requeues_after_its_warning_and_the_run_goes_on(slurm, cache_dir, tmp_path):
+def test_slurm_requeues_after_its_warning_and_the_run_goes_on(slurm, runner, tmp_path):
     """sbatch's USR1 to the script; requeue; the same script again: real processes throughout."""
     folder, environment = slurm
     environment["TASKS"] = "2"
-    flags = ["--config=configs/qm9.py:smoke", f"--workdir={tmp_path}/run", *TINY["qm9.py:smoke"]]
-    flags += [f"--config.data.cache_dir={cache_dir}", "--config.mesh.cpu_devices=1"]
-    flags += ["--config.cluster.lost_seconds=10"]
+    flags = [f"--workdir={tmp_path}/run", *runner.flags("nbody.py:smoke,linear"), *LONG]
+    flags += ["--config.mesh.cpu_devices=1", "--config.cluster.lost_seconds=10"]
     command = ["bash", LAUNCH / "slurm.sh", *flags]
     job = subprocess.Popen(
         command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -255,17 +257,15 @@ def test_skypilot(cluster, tmp_path):
     assert {"JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1"} <= set(said)
 
 
-def test_local_starts_again_after_losing_a_process(cluster, cache_dir, tmp_path):
+def test_local_starts_again_after_losing_a_process(cluster, runner, tmp_path):
     _, environment = cluster
-    flags = ["--config=configs/qm9.py:smoke", f"--workdir={tmp_path}/run", *TINY["qm9.py:smoke"]]
-    flags += [f"--config.data.cache_dir={cache_dir}", "--config.train.num_steps=500"]
-    flags += ["--config.train.eval_every=500"]
+    flags = [f"--workdir={tmp_path}/run", *runner.flags("nbody.py:smoke,linear"), *LONG]
     command = [LAUNCH / "local.sh", "--cpu=1", "--restarts=1", *flags]
     job = subprocess.Popen(
         command, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
     heartbeat = tmp_path / "run" / "processes" / "0.json"
-    while latest_step(tmp_path / "run") < 5:
+    while latest_step(tmp_path / "run") < 100:
         assert job.poll() is None
         time.sleep(0.05)
     os.kill(json.loads(heartbeat.read_text())["pid"], signal.SIGKILL)

@@ -25,7 +25,9 @@ from demetar.tools.resume_check import compare, latest_step, logged_step
 from demetar.training.checkpoints import Checkpoints
 
 SMALLEST = "nbody.py:smoke,linear"  # for what asks nothing of the model
+DIVISIBLE = "nbody.py:smoke,set_transformer"  # the smallest that the axis `model` divides
 MODEL = "qm9.py:smoke"
+ONE_LAYER = ["--config.model.edge_layers=0", "--config.model.node_layers=0"]
 
 
 @pytest.fixture
@@ -82,29 +84,33 @@ def wait_until(job, condition):
 ELASTIC = load_module(REPOSITORY / "benchmarks" / "elastic.py")
 
 
-def test_one_run_on_four_topologies(start, tmp_path):
-    """1x1 -> 1x8 -> 2x2 -> 4x1, ten steps each, in float64, with another mesh each time."""
-    same = ["--config.model.dtype=float64", "--config.checkpoint.every_steps=10"]
-    same += ["--config.model.edge_layers=0", "--config.model.node_layers=0"]
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_one_run_on_four_topologies(start, tmp_path, count):
+    """Processes x devices: 1x1 -> 1x8 -> 2x2 -> 2x1 (or 4x1), ten steps on each, in float64.
+
+    With another mesh each time; at last the state is divided over the processes.
+    """
+    same = [*ONE_LAYER, "--config.model.dtype=float64", "--config.checkpoint.every_steps=10"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
+    parts = [ELASTIC.arguments_on(name) for name in ("1x1", "1x8", "2x2")]
+    parts.append(([f"--config.mesh.fsdp={count}"], count))
     undisturbed = start(whole, 1, *same, config=MODEL)  # beside the first part of the other
-    for stop_at, name in zip((10, 20, 30, 0), ELASTIC.TOPOLOGIES, strict=True):
-        axes, count = ELASTIC.arguments_on(name)
-        flags = [*same, *axes, f"--config.checkpoint.stop_at={stop_at}"]
-        run(start(moved, count, *flags, config=MODEL), code=75 if stop_at else 0)
+    for stop_at, (mesh, processes) in zip((10, 20, 30, 0), parts, strict=True):
+        flags = [*same, *mesh, f"--config.checkpoint.stop_at={stop_at}"]
+        run(start(moved, processes, *flags, config=MODEL), code=75 if stop_at else 0)
     run(undisturbed)
     with jax.enable_x64(True):
         found = compare(whole, moved, 40)
     assert found.is_good(same_topology=False), found
     assert read_graph_log(moved) == read_graph_log(whole)
     first, second = (read_json(w / "result.json") for w in (whole, moved))
-    assert second["count"] == 50 and second["processes"] == 4
+    assert second["count"] == 50 and second["processes"] == count
     np.testing.assert_allclose(
         second["targets"]["homo"]["mae"], first["targets"]["homo"]["mae"], rtol=1e-10
     )
     rows = [
         line["rows"]
-        for p in range(4)
+        for p in range(count)
         for line in read_jsonl(moved / f"graph_log/{p}.jsonl")
         if line["step"] == 40
     ]
@@ -245,14 +251,15 @@ def test_a_second_signal_ends_at_once_and_a_second_job_is_refused(start, tmp_pat
     latest = latest_step(tmp_path)
     assert latest in (5, 10)  # the last may have had no time for its manifest
     assert Checkpoints(tmp_path, 2, Job.alone()).latest_step() == latest  # it is whole
-    assert f"resumed at step {latest}" in run(start(tmp_path, 1))
+    run(start(tmp_path, 1))
+    assert f"resumed at step {latest}" in log_of(tmp_path, 0)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_signal_where_processes_share_their_graphs(start, tmp_path, asked):
     """`model` over two processes: both compute all graphs, one alone is asked to stop."""
     mesh = ["--config.mesh.data=1", "--config.mesh.model=2"]
-    run(start(tmp_path, 2, *mesh, fault=f"{asked}:step:8:SIGTERM"), code=75)
+    run(start(tmp_path, 2, *mesh, config=DIVISIBLE, fault=f"{asked}:step:8:SIGTERM"), code=75)
     assert 8 < latest_step(tmp_path) < 14
 
 

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, TINY
 from data_pipelines.errors import UserError
 from demetar import chaos, verify_resume
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_USER_ERROR
+from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_USER_ERROR, Preempted
 from demetar.job.job import Job
 from demetar.tools import local_job
 from demetar.tools.local_job import LocalJob
@@ -60,26 +60,33 @@ def test_both_commands_on_runs_that_are_exact(runner):
 
 @pytest.fixture(scope="module")
 def runs(cache_dir, tmp_path_factory):
-    """Folders of finished runs of this process: one, the same again, one with another seed."""
+    """Folders of runs of this process: one, the same stopped and resumed, one of another seed."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+
+    def train(name, seed=0, stop_at=0):
         overrides = {"data.cache_dir": cache_dir, "seed": seed, "log.graphs": True, "mesh.data": 1}
-        overrides |= {"train.num_steps": 12, "train.eval_every": 12}
-        (folder / name).mkdir()
+        overrides |= {"train.num_steps": 12, "train.eval_every": 12, "checkpoint.stop_at": stop_at}
+        (folder / name).mkdir(exist_ok=True)
         config = load_config(f"{REPOSITORY}/configs/{SMALLEST}", overrides)
-        train_and_evaluate(config, folder / name, Job.alone())
+        return train_and_evaluate(config, folder / name, Job.alone())
+
+    train("whole")
+    with pytest.raises(Preempted, match="config.checkpoint.stop_at=7 after step 7 of 12"):
+        train("resumed", stop_at=7)
+    train("resumed")
+    train("other", seed=1)
     return folder
 
 
-def test_the_same_run_twice_is_the_same(runs):
-    found = compare(runs / "first", runs / "again", 12)
+def test_a_run_that_was_stopped_and_resumed_is_the_same(runs):
+    found = compare(runs / "whole", runs / "resumed", 12)
     assert found.is_good(same_topology=True) and found.is_good(same_topology=False)
     assert found.same_graphs and found.same_state and found.loss == found.norm == 0.0
     assert "bit for bit the same" in "\n".join(found.lines())
 
 
 def test_another_seed_is_another_run(runs):
-    found = compare(runs / "first", runs / "other", 12)
+    found = compare(runs / "whole", runs / "other", 12)
     assert not found.same_graphs and not found.same_state and found.norm > 0
     assert not found.is_good(same_topology=True) and not found.is_good(same_topology=False)
     assert found.first_difference.startswith("step 1: [")

@@ -3,6 +3,7 @@ shown by real ones; what a message says, by the function that says it."""
 
 import json
 import random
+import re
 import shutil
 import signal
 
@@ -11,7 +12,7 @@ from conftest import REPOSITORY, TINY, wait_for_steps
 
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
+from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
 from demetar.job.job import Job
 from demetar.job.watch import Watch
 from demetar.records.files import read_json, read_jsonl
@@ -247,25 +248,10 @@ def test_workdir_that_cannot_be_written(tmp_path):
         Watch(tmp_path / "file" / "run", 0, 1, lost_seconds=30, stuck_seconds=80)
 
 
-def test_non_finite_loss_names_step_and_molecules(runner, tmp_path):
-    """In a process: its code, and no traceback, and that it counts as a failure."""
+def test_non_finite_loss_names_step_and_graphs(runner, tmp_path):
     flag = "--config.optim.learning_rate=1e30"
-    said = runner.run(tmp_path / "run", flag, code=EXIT_FAILED)
-    assert "Step " in said and "molecules" in said and "Traceback" not in said
-    [line] = read_jsonl(tmp_path / "run" / "failures.jsonl")
+    said = runner.run(tmp_path, flag, config="nbody.py:smoke,linear", code=EXIT_FAILED)
+    assert re.search(r"error: Step \d+: the loss is (inf|nan).* systems \d+", said)
+    assert "Nothing of this step was saved" in said and "Traceback" not in said
+    [line] = read_jsonl(tmp_path / "failures.jsonl")
     assert line["error"].startswith("NonFiniteLoss: Step ")
-
-
-# --- in one process ------------------------------------------------------------------------------
-
-
-def test_a_run_of_this_process_stops_and_goes_on(config_of, tmp_path):
-    """`Job.alone()`: nobody watches, and `stop_at` ends it as a signal would."""
-    config = lambda stop_at: config_of(STATEFUL, checkpoint__stop_at=stop_at, train__num_steps=12)
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    whole = train_and_evaluate(config(0), tmp_path / "whole", Job.alone())
-    with pytest.raises(Preempted, match="config.checkpoint.stop_at=3 after step 3 of 12"):
-        train_and_evaluate(config(3), tmp_path / "cut", Job.alone())
-    again = train_and_evaluate(config(0), tmp_path / "cut", Job.alone())
-    assert again["state_sha256"] == whole["state_sha256"]
