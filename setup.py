@@ -60,6 +60,7 @@ setup(
             "pandas>=2",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "pyyaml>=6",
             "ruff>=0.8",
             "setuptools>=70.1",  # builds a wheel, which a test looks into

@@ -29,9 +29,12 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory):
-    """One folder of prepared data and compiled programs for the whole session."""
-    return str(tmp_path_factory.mktemp("cache"))
+def cache_dir(tmp_path_factory, worker_id):
+    """One folder of prepared data and compiled programs for the whole session, of all workers."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "cache"
+    folder.mkdir(exist_ok=True)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -62,11 +65,6 @@ def load_module(file):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def load_config(name, arg):
-    """The config of `configs/<name>.py:<arg>`."""
-    return load_module(REPOSITORY / "configs" / f"{name}.py").get_config(arg)
 
 
 # Models so small that compiling them is most of a run.
