@@ -13,8 +13,6 @@ long the loop stands still for a save, and how much longer the same steps take b
 """
 
 import argparse
-import importlib.util
-import json
 import os
 import pathlib
 import platform
@@ -24,19 +22,17 @@ import tempfile
 import time
 
 import jax
-import numpy as np
-from absl import flags
+from ours import REPOSITORY, keep
 
-from data_pipelines import batching
-from data_pipelines.batch_plan import BatchPlan
-from demetar.local import LocalJob
-from demetar.train import compiled_train_step, new_progress
-from demetar.training import runtime, sharding
+from demetar.config.command_line import load_config
+from demetar.tools.local_job import LocalJob
+from demetar.tools.resume_check import finish
+from demetar.training import runtime
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.experiment import build_experiment
-from demetar.verify_resume import finish
+from demetar.training.progress import Progress
+from demetar.training.trainer import Trainer
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
 _TURNS = 2  # after one that fills the cache of compiled programs
 
 # Name -> config, global batch, steps, steps between progress lines, further flags.
@@ -102,28 +98,22 @@ def scaling(folder: pathlib.Path, name: str) -> dict:
 
 def saving(folder: pathlib.Path) -> dict:
     """Seconds that the loop stands still for a save, and that the steps beside it take longer."""
-    config = load_config(REPOSITORY / "configs" / "qm9.py")
-    config.data.update({"edges": "bonds", "batch_size": 8})  # short steps: many samples
-    config.model.edge_attention = "full"
+    changes = {"data.edges": "bonds", "data.batch_size": 8}  # short steps: many samples
+    changes |= {"data.buckets": (29,), "model.edge_attention": "full"}
+    config = load_config("qm9", changes)
     runtime.configure(config)
     experiment = build_experiment(config)
-    mesh, size = experiment.mesh, config.data.batch_size
-    buckets = experiment.dataset.buckets[-1:]
-    plan = BatchPlan(
-        experiment.arrays.sizes, experiment.dataset.split["train"], buckets, size, seed=0
-    )
-    step = compiled_train_step(experiment)
-    state = experiment.create_state()
-    batch = batching.gather(experiment.arrays, plan[0][1], buckets[0])
-    batch = sharding.to_devices(batch, mesh, size)
+    trainer, state = Trainer(experiment), experiment.create_state()
+    bucket, graphs = trainer.gather(0)
+    batch = trainer.place(graphs)
     checkpoints = Checkpoints(folder, keep_last=2)
-    meta = experiment.identity | {"progress": new_progress(1)}
+    progress = Progress.new(len(experiment.dataset.targets))
 
     def steps(number: int) -> float:
         nonlocal state
         start = time.perf_counter()
         for _ in range(number):
-            state, sums = step(0, state, batch, sharding.flags(mesh, False), np.float32(1))
+            state, sums = trainer.step(state, bucket, batch)
             float(sums.loss)
             checkpoints.poll()
         return time.perf_counter() - start
@@ -134,7 +124,7 @@ def saving(folder: pathlib.Path) -> dict:
     for _ in range(6):
         plain = steps(number)
         start = time.perf_counter()
-        checkpoints.save(state, meta)
+        checkpoints.save(state, experiment.identity, progress)
         blocked.append(time.perf_counter() - start)
         beside = steps(number)
         checkpoints.wait()
@@ -151,19 +141,10 @@ def saving(folder: pathlib.Path) -> dict:
     }
 
 
-def load_config(file: pathlib.Path):
-    """The config of a file; it is Python, and executed."""
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
     with tempfile.TemporaryDirectory() as folder:
         result = {
             "command": "python benchmarks/cluster.py",
@@ -171,10 +152,7 @@ def main() -> None:
             "processes": {name: scaling(pathlib.Path(folder), name) for name in _JOBS},
             "saving": saving(pathlib.Path(folder) / "saving"),
         }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    keep(result, options.json)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import tempfile
 
 from tqdm import tqdm
 
-from demetar.local import LocalJob
-from demetar.verify_resume import compare, configure_like, finish
+from demetar.tools.local_job import LocalJob
+from demetar.tools.resume_check import compare, configure_like, finish
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def run(workdir: pathlib.Path, name: str, dtype: str, stop_at: int) -> None:
     more, count = arguments_on(name)
     arguments = [f"--workdir={workdir}", f"--config={REPOSITORY}/configs/qm9.py:smoke", *MODEL]
     arguments += [f"--config.model.dtype={dtype}", f"--config.checkpoint.stop_at={stop_at}"]
-    arguments += ["--config.log.identity=True", "--config.train.num_steps=100", *more]
+    arguments += ["--config.log.graphs=True", "--config.train.num_steps=100", *more]
     finish(LocalJob(arguments, count, quiet=True))
 
 

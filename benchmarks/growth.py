@@ -11,22 +11,25 @@ sizes: 1 is linear, 2 quadratic.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import time
 
 import jax
 import numpy as np
+from ours import keep
 
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.graph import Graph
+from data_pipelines.prepared import default_cache_dir
+from data_pipelines.targets import Target
 from demetar.models import create_model
-from demetar.speed.machine import measured_machine, processor
+from demetar.speed.machine import Peak, processor
 from demetar.training import runtime
 
 ATOMS = (8, 16, 32, 64, 128, 256, 512)
 ATOMS_OF_BATCH = 1024
+ELEMENTS = (1, 6, 7, 8)
 CUTOFF, DENSITY, CLOSEST = 3.0, 0.1, 0.9
 
 _DEMETAR = dict(
@@ -74,13 +77,12 @@ def make_batch(num_atoms: int, size: int, complete: bool) -> Graph:
         senders[row, : len(i)], receivers[row, : len(i)], mask[row, : len(i)] = i, j, True
     return Graph(
         position=np.stack([points for points, _, _ in graphs]).astype(np.float32),
-        atomic_number=rng.choice([1, 6, 7, 8], (size, num_atoms)).astype(np.int32),
+        atomic_number=rng.choice(ELEMENTS, (size, num_atoms)).astype(np.int32),
         node_mask=np.ones((size, num_atoms), bool),
         senders=senders.astype(np.int32),
         receivers=receivers.astype(np.int32),
         edge_type=mask.astype(np.int32),
         edge_mask=mask,
-        target=np.zeros((size, 1), np.float32),
         graph_mask=np.ones(size, bool),
         index=np.arange(size, dtype=np.int32),
     )
@@ -88,13 +90,14 @@ def make_batch(num_atoms: int, size: int, complete: bool) -> Graph:
 
 def seconds_of(options: dict, batch: Graph, seconds: float) -> float:
     """Median time of forward and backward over a batch."""
-    model = create_model(target_readouts=("cls",), **options)
+    energy = Target("energy", "eV", readout="cls")
+    model = create_model(targets=(energy,), facts={"elements": ELEMENTS}, **options)
     one = jax.tree.map(lambda x: x[0], batch)
     params = model.init(jax.random.key(0), one)["params"]
 
     def loss(params, batch):
-        prediction = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
-        return (prediction**2).sum()
+        predict = lambda graph: model.apply({"params": params}, graph)["energy"]
+        return (jax.vmap(predict)(batch) ** 2).sum()
 
     step = jax.jit(jax.grad(loss))
     batch = jax.device_put(batch)
@@ -151,7 +154,7 @@ def main() -> None:
             "seconds_a_batch": times,
             "exponent": exponent(values, times),
         }
-    peak = measured_machine(runtime.default_cache_dir(), "float32")
+    peak = Peak(default_cache_dir(), "float32")
     result = {
         "command": "python benchmarks/growth.py",
         "machine": f"{processor()}, {os.cpu_count()} cores",
@@ -159,10 +162,7 @@ def main() -> None:
         "by_atoms": by_atoms,
         "sweeps": sweeps,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    keep(result, options.json)
 
 
 if __name__ == "__main__":

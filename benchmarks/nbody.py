@@ -1,39 +1,30 @@
-"""The N-body study: trains every row of docs/results/nbody.md and writes that page.
+"""The N-body study: trains every row of docs/results/nbody.md.
 
     python benchmarks/nbody.py --rows=official [--cores=0]   train (or go on with) a group of rows
     python benchmarks/nbody.py --floor                       the least error of an equivariant model
-    python benchmarks/nbody.py --page                        the page and its picture, from the JSON
 
-Groups: official, seed, growth; or rows by name, comma-separated. Every row is one run of
-`python -m demetar.main`, so it resumes where it stopped; runs live in runs/study. Numbers go
-to benchmarks/results/nbody/*.json, and only from there to the page.
+Groups: official, post (the DEMETAr post's budget), growth; or rows by name, comma-separated. Every
+row is one run of `python -m demetar.main`, so it resumes where it stopped; runs live in runs/study.
+Numbers go to benchmarks/results/nbody/*.json; `nbody_page.py` writes the page from them alone.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import pathlib
 import platform
 import re
-import shutil
 import subprocess
 import sys
 
 import numpy as np
-from absl import app, flags
 
 from demetar.records.files import read_jsonl
-from demetar.training.evaluator import interval_95
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "nbody"
 RUNS = ROOT / "runs" / "study"
-PAGE = ROOT / "docs" / "results" / "nbody.md"
-
-_ROWS = flags.DEFINE_list("rows", [], "Groups or rows to train.")
-_CORES = flags.DEFINE_string("cores", "", "CPU cores to pin each run to, such as 0 or 0,1.")
-_FLOOR = flags.DEFINE_bool("floor", False, "Measure the floor of equivariant models.")
-_PAGE = flags.DEFINE_bool("page", False, "Write the page.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +50,10 @@ def _steps(number: int, batch_size: int = 100) -> tuple[str, ...]:
     )
 
 
-# The seed's budget is 40 epochs of 6 batches of 500.
-_SEED_BUDGET = (*_steps(240, 500), "--config.optim.warmup_steps=20")
+# The DEMETAr post's budget is 40 epochs of 6 batches of 500.
+_POST_BUDGET = (*_steps(240, 500), "--config.optim.warmup_steps=20")
 _LARGER_BUDGET = _steps(3_000)
-_SEED_ROWS = {
+POST_ROWS = {
     "not_equivariant": "standard transformer (not equivariant)",
     "translation": "translation equivariant",
     "com": "roto-translation, centre of mass",
@@ -75,7 +66,7 @@ _SEED_ROWS = {
     "deep_set": "DeepSet",
     "set_transformer": "Set Transformer",
 }
-_GROWTH = (5, 10, 20, 50, 100)
+GROWTH = (5, 10, 20, 50, 100)
 
 
 def _growth_row(model: str, title: str, n: int) -> Row:
@@ -101,7 +92,7 @@ def _growth_row(model: str, title: str, n: int) -> Row:
 
 ROWS = [
     *(
-        Row("official", f"official-e3-{s}", _SEED_ROWS["e3"], "", (f"--config.seed={s}",))
+        Row("official", f"official-e3-{s}", POST_ROWS["e3"], "", (f"--config.seed={s}",))
         for s in range(3)
     ),
     Row(
@@ -112,29 +103,29 @@ ROWS = [
         (*_steps(8_000), "--config.optim.learning_rate=2e-3", "--config.train.eval_every=400"),
     ),
     *(
-        Row("official", f"official-{model}-0", _SEED_ROWS[model], model, _LARGER_BUDGET)
+        Row("official", f"official-{model}-0", POST_ROWS[model], model, _LARGER_BUDGET)
         for model in ("velocity", "linear", "deep_set", "set_transformer")
     ),
     *(
-        Row("seed", f"{budget}-{model}", title, f"blog,{model}", options)
-        for budget, options in (("seed240", _SEED_BUDGET), ("seed3000", _LARGER_BUDGET))
-        for model, title in _SEED_ROWS.items()
+        Row("post", f"{budget}-{model}", title, f"blog,{model}", options)
+        for budget, options in (("seed240", _POST_BUDGET), ("seed3000", _LARGER_BUDGET))
+        for model, title in POST_ROWS.items()
     ),
     *(
         _growth_row(model, title, n)
         for model, title in (("e3", "edge-space E(3) transformer"), ("egnn", "EGNN (ours)"))
-        for n in _GROWTH
+        for n in GROWTH
     ),
 ]
 
 
-def train(row: Row) -> None:
-    """Trains a row, if it is not finished, and writes its JSON."""
+def train(row: Row, cores: str) -> None:
+    """Trains a row on these CPU cores ("": all), if it is not finished, and writes its JSON."""
     workdir = RUNS / row.name
     command = row.command(str(workdir.relative_to(ROOT)))
-    cores = ["taskset", "-c", _CORES.value] if _CORES.value else []
+    pinned = ["taskset", "-c", cores] if cores else []
     # One pinned core computes fastest as one device.
-    devices = ["--config.mesh.cpu_devices=1"] if _CORES.value and "," not in _CORES.value else []
+    devices = ["--config.mesh.cpu_devices=1"] if cores and "," not in cores else []
     log = workdir.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     if (workdir / "result.json").exists():
@@ -143,7 +134,7 @@ def train(row: Row) -> None:
     print(f"{row.name}: see {log}", flush=True)
     with log.open("a") as stream:
         done = subprocess.run(
-            [*cores, sys.executable, *command, *devices], cwd=ROOT, stdout=stream, stderr=stream
+            [*pinned, sys.executable, *command, *devices], cwd=ROOT, stdout=stream, stderr=stream
         )
     if done.returncode:
         sys.exit(f"{row.name} ended with {done.returncode}; see {log}")
@@ -205,10 +196,11 @@ def measure_floor(orientations: int = 6) -> None:
     """
     from scipy.spatial.transform import Rotation
 
-    from data_pipelines.nbody import simulation
+    from data_pipelines.nbody import preparation, simulation
+    from data_pipelines.nbody.protocols import PROTOCOLS
 
-    protocol = simulation.PROTOCOLS["egnn"]
-    systems, _ = simulation.load(protocol)
+    protocol = PROTOCOLS["egnn"]
+    systems, _ = preparation.load(protocol)
     axes = Rotation.create_group("O").as_matrix().round()
     axes = axes[[not np.array_equal(matrix, np.eye(3)) for matrix in axes]]
     kinds = {
@@ -222,7 +214,7 @@ def measure_floor(orientations: int = 6) -> None:
     }
     for kind, rotations in kinds.items():
         content[kind] = {}
-        for part, graphs in simulation.split_of(protocol).items():
+        for part, graphs in preparation.split_of(protocol).items():
             targets = [systems.target[graphs]]
             for rotation in rotations:
                 x, v = (a[graphs] @ rotation.T for a in (systems.position, systems.velocity))
@@ -232,7 +224,7 @@ def measure_floor(orientations: int = 6) -> None:
             variance = np.stack(targets).var(axis=0, ddof=1).mean(axis=(1, 2))
             content[kind][part] = {
                 "mse": float(variance.mean()),
-                "interval_95": interval_95(variance),
+                "interval_95": _interval_95(variance),
                 "above_0.01": int((variance > 0.01).sum()),
             }
             print(kind, part, content[kind][part], flush=True)
@@ -240,248 +232,32 @@ def measure_floor(orientations: int = 6) -> None:
     (RESULTS / "floor.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-# --- the page ----------------------------------------------------------------------------------
-
-# Printed in the named papers; see docs/results/nbody.md for what differs.
-_PUBLISHED = (
-    ("Multivector Neurons (2024)", 0.0035),
-    ("SEGNN (2021), PONITA (2023)", 0.0043),
-    ("EGNN (2021), 300,000 updates", 0.0071),
-    ("Radial Field (2021)", 0.0104),
-    ("GNN (2021)", 0.0107),
-    ("TFN (2021)", 0.0155),
-    ("SE(3)-Transformer (2021)", 0.0244),
-    ("Linear (2021)", 0.0819),
-)
+def _interval_95(values: np.ndarray) -> list[float]:
+    """Bootstrap interval of the mean: percentiles of 2,000 resamples."""
+    rng = np.random.default_rng(0)
+    means = [rng.choice(values, len(values)).mean() for _ in range(2_000)]
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
 
-def _read(name: str) -> dict | None:
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def _line(*cells) -> str:
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def _mse(found: dict | None, key: str = "mse") -> str:
-    return f"{found['test'][key]:.5f}" if found else ""
-
-
-def _interval(found: dict | None) -> str:
-    return "{:.5f} to {:.5f}".format(*found["test"]["interval_95"]) if found else ""
-
-
-def _table_official() -> list[str]:
-    lines = [
-        _line("model", "parameters", "steps", "seed", "test MSE", "95 % interval", "median",
-              "validation MSE", "minutes"),
-        _line(*["---"] * 9),
-    ]  # fmt: skip
-    for row in ROWS:
-        if row.group != "official":
-            continue
-        found = _read(row.name)
-        cells = [row.title]
-        if found:
-            cells += [
-                f"{found['parameters']:,}",
-                f"{found['steps']:,}",
-                found["seed"],
-                _mse(found),
-                _interval(found),
-                f"{found['test']['median']:.1e}",
-                f"{found['validation_mse']:.5f}",
-                f"{found['train_seconds'] / 60:.0f}",
-            ]
-        lines.append(_line(*cells, *[""] * (9 - len(cells))))
-    return lines
-
-
-def _trivial(found: dict | None) -> list[str]:
-    names = {
-        "mse_of_no_motion": "no motion: x",
-        "mse_of_free_flight": "free flight: x + v T",
-        "mse_of_linear": "best linear in x and v, least squares",
-    }
-    lines = [_line("predictor", "test MSE"), _line("---", "---")]
-    return lines + [_line(title, _mse(found, key)) for key, title in names.items()]
-
-
-def _headline() -> str:
-    found = [_read(f"official-e3-{seed}") for seed in range(3)]
-    errors = [x["test"]["mse"] for x in found if x]
-    if len(errors) < 3:
-        return f"Only {len(errors)} of 3 seeds have been run."
-    floor = _read("floor")
-    text = (
-        f"**{np.mean(errors):.5f}** is the mean test MSE of the edge-space transformer over three "
-        f"seeds (standard deviation {np.std(errors, ddof=1):.5f}), weights chosen by validation; "
-        "the best published that we know is 0.0035."
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    if floor:
-        text += (
-            " A model whose prediction turns with its input can reach about "
-            f"{floor['any']['test']['mse']:.4f} on this test set at best: see *The floor*."
-        )
-    return text
-
-
-def _table_seed() -> list[str]:
-    lines = [
-        _line("model", "parameters", "test MSE, 240 updates of 500",
-              "test MSE, 3,000 updates of 100", "95 % interval", "minutes"),
-        _line(*["---"] * 6),
-    ]  # fmt: skip
-    for model, title in _SEED_ROWS.items():
-        short, long = _read(f"seed240-{model}"), _read(f"seed3000-{model}")
-        any_ = long or short
-        lines.append(
-            _line(
-                title,
-                f"{any_['parameters']:,}" if any_ else "",
-                _mse(short),
-                _mse(long),
-                _interval(long),
-                f"{long['train_seconds'] / 60:.1f}" if long else "",
-            )
-        )
-    return lines
-
-
-def _verdict() -> str:
-    """What the double encoder adds, in numbers and with their intervals."""
-    rows = {
-        model: _read(f"seed3000-{model}")
-        for model in ("velocity", "edge_cross", "node_only", "egnn", "e3")
-    }
-    if not all(rows.values()):
-        return "Not all of its rows have been run."
-    say = {model: f"{_mse(found)} ({_interval(found)})" for model, found in rows.items()}
-    mse = {model: found["test"]["mse"] for model, found in rows.items()}
-    return (
-        f"At 3,000 updates the double encoder has a test MSE of {say['velocity']}, the same model "
-        f"whose edges are only embedded {say['edge_cross']}, and without edges "
-        f"{say['node_only']}. Edges change the error by a factor of "
-        f"{mse['edge_cross'] / mse['node_only']:.2f}, an encoder of their own between embedding "
-        f"and cross-attention by another {mse['velocity'] / mse['edge_cross']:.2f} (one seed "
-        "each). Their read-out x + v phi cannot point anywhere but along the velocity; EGNN, "
-        f"which can, reaches {say['egnn']}. The edge-space transformer, another "
-        "model with a node and an edge encoder, whose edges' outputs weight relative vectors, "
-        f"reaches {say['e3']}."
-    )
-
-
-def _table_growth() -> list[str]:
-    lines = [
-        _line("particles", "model", "test MSE", "free flight", "systems a second, training"),
-        _line(*["---"] * 5),
-    ]
-    for n in _GROWTH:
-        for model in ("e3", "egnn"):
-            found = _read(f"growth-{model}-{n}")
-            title = next(r.title for r in ROWS if r.name == f"growth-{model}-{n}")
-            rate = f"{found['systems_per_second']:.0f}" if found else ""
-            lines.append(_line(n, title, _mse(found), _mse(found, "mse_of_free_flight"), rate))
-    return lines
-
-
-def _plots() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib import ticker
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    for row in ROWS:
-        found = _read(row.name)
-        if found and row.group == "official":
-            left.plot(*zip(*found["validation_curve"], strict=True), ".-", label=row.name[9:])
-    lines = {"best published": 0.0035, "EGNN published": 0.0071}
-    floor = _read("floor")
-    if floor:
-        lines["floor of equivariant models"] = floor["any"]["validation"]["mse"]
-    for text, value in lines.items():
-        left.axhline(value, color="grey", linestyle=":")
-        left.annotate(text, (0.01, value), xycoords=("axes fraction", "data"), va="bottom")
-    left.set(xscale="log", yscale="log", xlabel="step", ylabel="validation MSE",
-             title="egnn protocol")  # fmt: skip
-    left.legend(fontsize=7)
-    for model in ("e3", "egnn"):
-        points = [
-            (n, found["test"]["mse"] / found["test"]["mse_of_free_flight"])
-            for n in _GROWTH
-            if (found := _read(f"growth-{model}-{n}"))
-        ]
-        if points:
-            right.plot(*zip(*points, strict=True), "o-", label=model)
-    right.set(xscale="log", ylim=(0, None), xlabel="particles", ylabel="test MSE / free flight",
-              title="general protocol, 300 steps of training")  # fmt: skip
-    right.legend()
-    right.set_xticks(_GROWTH, _GROWTH)
-    left.set_xticks((500, 1_000, 2_000, 4_000, 8_000), ("500", "1,000", "2,000", "4,000", "8,000"))
-    for axis in (left.xaxis, right.xaxis):
-        axis.set_minor_locator(ticker.NullLocator())
-    figure.savefig(PAGE.with_name("nbody.png"), dpi=120)
-
-
-def write_page() -> None:
-    """docs/results/nbody.md and simulation.png, from the JSON files alone."""
-    floor = _read("floor")
-    floors = [
-        _line("part", "any rotation: MSE", "95 % interval", "systems above 0.01",
-              "axes exchanged: MSE", "systems above 0.01"),
-        _line(*["---"] * 6),
-    ]  # fmt: skip
-    for part in ("train", "validation", "test"):
-        cells = [""] * 5
-        if floor:
-            any_, axes = floor["any"][part], floor["axes"][part]
-            low, high = any_["interval_95"]
-            cells = [f"{any_['mse']:.5f}", f"{low:.5f} to {high:.5f}", any_["above_0.01"],
-                     f"{axes['mse']:.5f}", axes["above_0.01"]]  # fmt: skip
-        floors.append(_line(part, *cells))
-    text = (ROOT / "benchmarks" / "nbody_page.md").read_text()
-    for key, lines in {
-        "headline": [_headline()],
-        "official": _table_official(),
-        "trivial_official": _trivial(_read("official-e3-0")),
-        "published": [
-            _line("published", "test MSE"),
-            _line("---", "---"),
-            *(_line(name, value) for name, value in _PUBLISHED),
-        ],
-        "floor": floors,
-        "seed": _table_seed(),
-        "trivial_blog": _trivial(_read("seed3000-velocity")),
-        "verdict": [_verdict()],
-        "growth": _table_growth(),
-        "commands": ["```"] + [x["command"] for row in ROWS if (x := _read(row.name))] + ["```"],
-    }.items():
-        text = text.replace("{{" + key + "}}", "\n".join(lines))
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text)
-    _plots()
-    trajectories = RUNS / "official-e3-0" / "trajectories.png"
-    if trajectories.exists():
-        shutil.copy(trajectories, PAGE.with_name("nbody_trajectories.png"))
-
-
-def main(argv) -> None:
-    del argv
+    names = lambda text: text.split(",")
+    parser.add_argument("--rows", type=names, default=[], help="groups or rows to train")
+    parser.add_argument("--cores", default="", help="to pin each run to, such as 0 or 0,1")
+    parser.add_argument("--floor", action="store_true", help="measure the floor")
+    options = parser.parse_args()
     known = {row.group for row in ROWS} | {row.name for row in ROWS}
-    unknown = [name for name in _ROWS.value if name not in known]
+    unknown = [name for name in options.rows if name not in known]
     if unknown:
         sys.exit(f"No rows {unknown}; known: {', '.join(sorted(known))}")
     for row in ROWS:
-        if row.group in _ROWS.value or row.name in _ROWS.value:
-            train(row)
-    if _FLOOR.value:
+        if row.group in options.rows or row.name in options.rows:
+            train(row, options.cores)
+    if options.floor:
         measure_floor()
-    if _PAGE.value:
-        write_page()
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,8 +1,12 @@
-"""A config of ours as the benchmarks run it: the project's own pipeline, step and evaluation."""
+"""A config of ours as the benchmarks run it: the project's own pipeline, step and evaluation.
+
+Also what the benchmarks share: where the repository is, QM9 for other people's models, and where a
+result goes.
+"""
 
 import dataclasses
-import importlib.util
 import itertools
+import json
 import pathlib
 import time
 
@@ -10,25 +14,30 @@ import jax
 import numpy as np
 from absl import flags
 
-from data_pipelines import batching
-from data_pipelines.batch_plan import BatchPlan
-from demetar.train import compiled_train_step
-from demetar.training import runtime, sharding
-from demetar.training.evaluator import compiled_eval_step
+from data_pipelines.dataset import Dataset
+from data_pipelines.qm9 import DEFAULTS as QM9_DEFAULTS
+from data_pipelines.registry import load_dataset
+from demetar.training import runtime
+from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
+from demetar.training.trainer import Trainer
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
 
 
-def load_config(text: str, changes=None):
-    """The config of `configs/qm9.py:quick`, with `{"mesh.cpu_devices": 2}` set."""
-    file, _, arg = text.partition(":")
-    spec = importlib.util.spec_from_file_location("config_file", REPOSITORY / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(arg)
-    config.update_from_flattened_dict(dict(changes or {}))
-    return config
+def load_qm9(edges: str, edge_cutoff: float = 3.0) -> Dataset:
+    """HOMO of QM9 with these edges, split `dimenet`."""
+    options = QM9_DEFAULTS | {"edges": edges, "edge_cutoff": edge_cutoff}
+    return load_dataset(name="qm9", cache_dir="", **options)
+
+
+def keep(result: dict, file: pathlib.Path | None) -> None:
+    """Prints a result, and writes it where the command was asked to."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if file:
+        file.write_text(text + "\n")
 
 
 @dataclasses.dataclass
@@ -50,29 +59,19 @@ class Run:
     """Trains without logging, evaluating and saving; `warm_up`, then `train` again and again."""
 
     def __init__(self, config):
-        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+        config.data.eval_batch_size = config.data.batch_size
         runtime.configure(config)
         self.experiment = experiment = build_experiment(config)
-        data = config.data
-        graphs = experiment.dataset.split["train"]
-        buckets, sizes = experiment.dataset.buckets, experiment.arrays.sizes
-        self.plan = BatchPlan(sizes, graphs, buckets, data.batch_size, config.seed)
-        self._rows = np.arange(data.batch_size)
-        self._batches = batching.batches(
-            experiment.arrays,
-            self.plan,
-            self._rows,
-            range(10**9),
-            data.prefetch_threads,
-            data.prefetch_batches,
-        )
-        self._step = compiled_train_step(experiment)
-        self._evaluate = compiled_eval_step(experiment)
+        self.trainer = Trainer(experiment)
+        self._evaluator = Evaluator(experiment)
+        self._batches = self.trainer.batches(range(10**9))
         self._state = experiment.create_state()
-        self._done = 0
-        self._flags = sharding.flags(experiment.mesh, False)
-        self._scale = np.float32(1)
+        self._drawn = 0  # batches
         self.num_parameters = sum(x.size for x in jax.tree.leaves(self._state.params))
+
+    @property
+    def plan(self):
+        return self.trainer.plan
 
     def warm_up(self) -> None:
         """One step of each bucket, so that none is compiled while the clock runs."""
@@ -82,17 +81,16 @@ class Run:
             if bucket in missing:
                 missing.remove(bucket)
                 self._train_on(bucket, batch)
-                self._evaluate(bucket, self._state.ema, batch, self._flags)
+                self._evaluator.step(self._state.ema, bucket, batch)
 
     def _next(self):
         bucket, graphs = next(self._batches)
         self._arrived = time.perf_counter()
-        self._graphs = int(graphs.graph_mask.sum())
-        self._done += 1
-        return bucket, sharding.to_devices(graphs, self.experiment.mesh, len(self._rows))
+        self._drawn += 1
+        return bucket, self.trainer.place(graphs)
 
     def _train_on(self, bucket, batch):
-        self._state, sums = self._step(bucket, self._state, batch, self._flags, self._scale)
+        self._state, sums = self.trainer.step(self._state, bucket, batch)
         return sums
 
     def train(self, seconds: float) -> Measured:
@@ -103,8 +101,7 @@ class Run:
         pending, start = None, time.perf_counter()
         while time.perf_counter() - start < seconds:
             before = time.perf_counter()
-            members = self.plan[self._done][1]
-            members = members[members >= 0]
+            members = self._members()
             bucket, batch = self._next()
             if pending is None or pending.loss.is_ready():  # the devices had nothing to do
                 wait += self._arrived - before
@@ -118,36 +115,33 @@ class Run:
         seconds = time.perf_counter() - start
         return Measured(graphs / seconds, flops / seconds, wait / seconds)
 
+    def _members(self) -> np.ndarray:
+        """The graphs of the batch that is drawn next."""
+        members = self.plan[self._drawn][1]
+        return members[members >= 0]
+
     def forward(self, seconds: float) -> float:
         """Graphs a second of prediction alone, batches assembled each time."""
         graphs, outputs, start = 0, [], time.perf_counter()
         while time.perf_counter() - start < seconds:
+            graphs += len(self._members())
             bucket, batch = self._next()
-            graphs += self._graphs
-            outputs.append(self._evaluate(bucket, self._state.ema, batch, self._flags))
+            outputs.append(self._evaluator.step(self._state.ema, bucket, batch))
             if len(outputs) > 1:
                 jax.block_until_ready(outputs.pop(0))
         jax.block_until_ready(outputs)
         return graphs / (time.perf_counter() - start)
 
     def steps_of(self, bucket: int, seconds: float) -> float:
-        """Median time of a call for steps of one bucket, over the same few batches, in seconds."""
-        together = self.experiment.config.train.steps_per_call
-        size, mesh = len(self._rows), self.experiment.mesh
-        found = (k for k in itertools.count() if self.plan[k][0] == bucket)
-        graphs = [self.plan[next(found)][1] for _ in range(4 * together)]
-        limits = self.plan.buckets[bucket]
-
-        def place(part):
-            gathered = [(bucket, batching.gather(self.experiment.arrays, g, limits)) for g in part]
-            return sharding.to_devices(batching.stacked(gathered)[1], mesh, size, together > 1)
-
-        batches = [place(graphs[k::4]) for k in range(4)]
-        float(np.sum(self._train_on(bucket, batches[0]).loss))  # compiles
+        """Median time of a step of one bucket, over the same few batches, in seconds."""
+        steps = (step for step in itertools.count() if self.plan[step][0] == bucket)
+        gathered = [self.trainer.gather(step)[1] for step in itertools.islice(steps, 4)]
+        batches = [self.trainer.place(graphs) for graphs in gathered]
+        float(self._train_on(bucket, batches[0]).loss)  # compiles
         times, start = [], time.perf_counter()
         for batch in itertools.cycle(batches):
             begin = time.perf_counter()
-            float(np.sum(self._train_on(bucket, batch).loss))
+            float(self._train_on(bucket, batch).loss)
             times.append(time.perf_counter() - begin)
             if time.perf_counter() - start > seconds and len(times) > 2:
-                return float(np.median(times)) / together
+                return float(np.median(times))

@@ -31,9 +31,9 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 # Name -> config, and molecules of a micro-batch: so many that what they need stays in the caches.
 OURS = {
-    "egnn-demetar": ("configs/qm9.py:egnn", 8),  # 7 x 128
-    "demetar-8x256": ("configs/qm9.py:wide", 32),  # torchmd-net's size
-    "demetar-quick": ("configs/qm9.py:quick", 64),
+    "egnn-demetar": ("qm9:egnn", 8),  # 7 x 128
+    "demetar-8x256": ("qm9:wide", 32),  # torchmd-net's size
+    "demetar-quick": ("qm9:quick", 64),
 }
 # Peers that also run with our setting of the allocator (`runtime.keep_freed_memory`). As they
 # come, the page faults of large batches cost them up to half of their rate.
@@ -53,12 +53,13 @@ class OurWorker:
     """One of ours, through the project's own pipeline and step."""
 
     def __init__(self, name: str, batch_size: int):
-        from ours import Run, load_config
+        from ours import Run
+
+        from demetar.config.command_line import load_config
 
         text, micro_batch = OURS[name]
         changes = {
             "data.batch_size": batch_size,
-            "data.eval_batch_size": batch_size,
             "train.accumulation": max(1, batch_size // micro_batch),
             "mesh.cpu_devices": os.cpu_count(),
         }
@@ -78,9 +79,8 @@ class PeerWorker:
 
     def __init__(self, name: str, batch_size: int):
         import torch
-        from torch_peers import PEERS
-
-        from data_pipelines.dataset import load_dataset
+        from ours import load_qm9
+        from torch_peers import CUTOFF, PEERS
 
         if name in KEPT:
             runtime.keep_freed_memory()
@@ -89,20 +89,10 @@ class PeerWorker:
         self._torch, self._size = torch, batch_size
         self._peer = PEERS[KEPT.get(name, name)]()
         self.num_parameters = self._peer.num_parameters
-        dataset = load_dataset(
-            name="qm9",
-            source="qm9pack",
-            path="",
-            cache_dir="",
-            targets=("homo",),
-            split="dimenet",
-            edges=self._peer.edges,
-            edge_cutoff=5.0,
-            buckets=(),
-        )
+        dataset = load_qm9(self._peer.edges, CUTOFF)
         self._arrays = dataset.arrays
         self._order = np.random.default_rng(0).permutation(dataset.split["train"])
-        self._target = torch.from_numpy(dataset.arrays.target[:, 0].astype(np.float32))
+        self._target = torch.from_numpy(dataset.arrays.graph_labels["homo"].astype(np.float32))
         self._optimizer = torch.optim.Adam(self._peer.model.parameters(), lr=1e-4)
         self._place = 0
 

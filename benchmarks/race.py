@@ -46,28 +46,18 @@ OURS = {
 def race_peer(name: str, minutes: float, seed: int) -> dict:
     """Trains a peer of `torch_peers` for `minutes` of its own clock."""
     import torch
-    from torch_peers import PEERS
-
-    from data_pipelines.dataset import load_dataset
+    from ours import load_qm9
+    from torch_peers import CUTOFF, PEERS
 
     runtime.keep_freed_memory()  # as ours does: without it the transformer is half as fast
     torch.manual_seed(seed)
     torch.set_num_threads(os.cpu_count())
     peer = PEERS[name]()
-    dataset = load_dataset(
-        name="qm9",
-        source="qm9pack",
-        path="",
-        cache_dir="",
-        targets=("homo",),
-        split="dimenet",
-        edges=peer.edges,
-        edge_cutoff=5.0,
-        buckets=(),
-    )
+    dataset = load_qm9(peer.edges, CUTOFF)
     arrays, train = dataset.arrays, dataset.split["train"]
-    mean, std = arrays.target[train, 0].mean(), arrays.target[train, 0].std()
-    target_G = torch.from_numpy(((arrays.target[:, 0] - mean) / std).astype(np.float32))
+    homo_G = arrays.graph_labels["homo"]
+    mean, std = homo_G[train].mean(), homo_G[train].std()
+    target_G = torch.from_numpy(((homo_G - mean) / std).astype(np.float32))
     optimizer = torch.optim.Adam(peer.model.parameters(), lr=peer.learning_rate)
     rng, budget = np.random.default_rng(seed), 60 * minutes
     curve, seconds, molecules, step = [], 0.0, 0, 0

@@ -10,7 +10,6 @@ step, with warm caches.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
@@ -19,9 +18,10 @@ import sys
 import tempfile
 import time
 
-from ours import REPOSITORY, Run, load_config
+from ours import REPOSITORY, Run, keep
 
-from demetar.speed.machine import measured_machine, processor
+from demetar.config.command_line import load_config
+from demetar.speed.machine import Peak, processor
 from demetar.training import runtime
 
 # Name -> config, changes.
@@ -73,7 +73,7 @@ def main() -> None:
             rate = found[name]["train"][-1].rate
             print(f"round {turn + 1}/{options.rounds}: {name} {rate:.0f} graphs/s", flush=True)
     config = load_config(*CONFIGS["qm9 quick"])
-    peak = measured_machine(runtime.cache_dir(config), "float32")
+    peak = Peak(runtime.cache_dir(config), "float32")
     rows = {}
     for name, run in runs.items():
         laps = found[name]["train"]
@@ -86,7 +86,7 @@ def main() -> None:
             "spread": (max(rates) - min(rates)) / median("rate"),
             "forward_per_second": statistics.median(found[name]["forward"]),
             "gflops": median("flops") / 1e9,
-            "share_of_peak": median("flops") / peak.flops,
+            "share_of_peak": peak.share(median("flops")),
             "data_wait": median("wait"),
             "fill_of_node_slots": run.plan.node_efficiency,
             "buckets": [[b.num_nodes, b.num_edges] for b in run.plan.buckets],
@@ -95,15 +95,13 @@ def main() -> None:
         "command": "python benchmarks/throughput.py",
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "peak_gflops": peak.flops / 1e9,
-        "memory_gb_per_s": peak.bytes_per_s / 1e9,
-        "measured_on": peak.description,
+        "memory_gb_per_s": peak.machine.bytes_per_s / 1e9,
+        "measured_on": peak.machine.description,
+        "peak_source": peak.machine.source,
         "first_step_seconds_warm": started,
         "configs": rows,
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n")
+    keep(result, options.json)
 
 
 if __name__ == "__main__":
