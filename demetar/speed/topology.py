@@ -22,7 +22,7 @@ _TABLE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # of numbers of chips: sizes, order 
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """A chip, by its published peaks; a file of demetar/accelerators.
+    """A chip, by its published peaks; a file of demetar/speed/accelerators.
 
     Attributes:
       kind: `tpu` or `cuda`, the compiler.
