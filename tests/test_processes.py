@@ -307,6 +307,20 @@ def test_the_odd_one_out_is_told_with_what_it_has():
     assert "Process 0 of 3 differs from the others in its code: 'b', elsewhere 'a'" in said
 
 
+def test_a_library_that_aborts_leaves_time_for_a_last_word():
+    """In a thread that is not Python's own, while the main thread never comes back to Python."""
+    script = """
+import ctypes, os, threading, time
+from demetar.job.abort import on_abort
+on_abort(lambda: os.write(2, b"the last word"))
+threading.Thread(target=ctypes.CDLL(None).abort).start()
+ctypes.CDLL(None).sleep(5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT  # abort() took its course
+    assert "the last word" in done.stderr
+
+
 # --- pieces -------------------------------------------------------------------------------------
 
 SLURM = {
