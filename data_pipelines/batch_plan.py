@@ -96,7 +96,7 @@ class BatchPlan:
         self.seed = seed
         graphs = np.asarray(graphs, np.int64)
         if len(graphs) == 0:
-            raise UserError("A split without molecules cannot be planned: choose another split.")
+            raise UserError("There are no graphs to visit: choose a split that has some.")
         limits = [b.num_nodes for b in self.buckets]
         bucket_g = np.searchsorted(limits, sizes.num_nodes[graphs])
         self._check_fit(sizes, graphs, bucket_g)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipelines.batch_plan import MAX_BUCKETS, Bucket, buckets_with_limits, choose_buckets
 from data_pipelines.batching import GraphArrays
+from data_pipelines.elements import check_elements
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target, check_labels
 
@@ -50,6 +51,7 @@ class Dataset:
 
     def __post_init__(self):
         arrays = self.arrays
+        check_graphs(arrays, self.elements, self.name)
         for target in self.targets:
             check_labels(target, self.labels(target), arrays.index, arrays.node_offset)
         for part, graphs in self.split.items():
@@ -68,6 +70,16 @@ class Dataset:
         """The labels of some graphs, in their order."""
         rows = self.arrays.nodes_of(graphs_g) if target.per_node else graphs_g
         return self.labels(target)[rows]
+
+
+def check_graphs(arrays: GraphArrays, elements: tuple[int, ...], data_set: str) -> None:
+    """Refuses a graph with an element that its data set does not name."""
+    others = np.setdiff1d(np.unique(arrays.atomic_number), elements)
+    if len(others):
+        node = np.flatnonzero(np.isin(arrays.atomic_number, others))[0]
+        graph = np.searchsorted(arrays.node_offset, node, "right") - 1
+        rows = slice(arrays.node_offset[graph], arrays.node_offset[graph + 1])
+        check_elements(arrays.atomic_number[rows], elements, arrays.index[graph], data_set)
 
 
 def training_mean(dataset_labels: dict[str, np.ndarray], train: np.ndarray):

@@ -6,6 +6,11 @@ Letters in names such as `x_NxD`, everywhere in the project:
     N  nodes of a graph, padded   H  attention heads
     E  edges of a graph, padded   K  radial basis functions
     G  graphs of a data set       T  targets
+    M  messages, or keys          L  pairs that attend
+    Z  elements of the data       P  points, pairs or properties
+    F  features of a layer        C  channels, or columns
+
+A small letter counts a part: g graphs of a split, d features of a head.
 
 Particles are nodes too: "atoms" of number 1 that also have a velocity and a charge. Molecules
 have neither (`None`).

@@ -69,8 +69,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     loop_start = time.perf_counter() - progress.train_seconds  # as if never stopped
     graphs_seen = graph_log.GraphLog(workdir, job.process) if config.log.graphs else None
     batches = trainer.batches(range(step, num_steps))
-    saved_step = step
-    stop = False  # the same on all processes
+    saved_step, stop = step, False  # the same on all processes
     pending: StepSums | None = None  # sums of the step before, still on the device
     while True:
         stop = stop or 0 < config.checkpoint.stop_at == step
@@ -83,13 +82,14 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             pending = None
         if logs:
             report.progress_line(step)
-        evaluated = evaluates and evaluate(evaluator, state, step, progress, report, config.optim)
-        if evaluated or saves or ((stop or evaluates) and step > saved_step):
+        cut_short = evaluates and not evaluate(evaluator, state, step, progress, report, config)
+        evaluated = evaluates and not cut_short
+        if evaluated or saves or ((stop or cut_short) and step > saved_step):
             job.watch.phase("save", step)
             progress.train_seconds = time.perf_counter() - loop_start
             checkpoints.save(state, experiment.identity, progress)
             saved_step = step
-        stop = stop or (evaluates and not evaluated)  # a signal cut the evaluation short
+        stop = stop or cut_short
         if stop or last:
             break
 
@@ -102,8 +102,8 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             graphs_seen.write_step(step + 1, trainer.rows, graphs)
         batch = trainer.place(graphs)
         job.watch.phase("step")
-        asked = bool(job.interruption.requested)
-        state, sums = trainer.step(state, bucket, batch, asked, progress.plateau.scale)
+        stops, scale = bool(job.interruption.requested), progress.plateau.scale
+        state, sums = trainer.step(state, bucket, batch, stops, scale)
         step += 1
         if step == first_step + 1:
             jax.block_until_ready(sums)
@@ -111,7 +111,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             compile_the_rest(trainer, evaluator, job)
             report.count_operations()
         if pending is not None:
-            stop = report.collect(pending, step - 1)
+            stop = report.collect(pending, step - 1) or stop
         pending = sums
         checkpoints.poll()
 
@@ -119,7 +119,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     job.watch.phase("save", step)
     checkpoints.wait()
     report.close()
-    result = None
+    result = None  # if a signal has stopped the run, or stops the test
     if not stop:
         best = checkpoints.restore(progress.best_step, experiment.abstract_state())
         result = final_result(workdir, evaluator, experiment, best.ema, state, progress)
@@ -156,7 +156,7 @@ def restore_or_create(
 
 
 def evaluate(
-    evaluator: Evaluator, state: TrainState, step: int, progress: Progress, report: Reporter, optim
+    evaluator: Evaluator, state: TrainState, step: int, progress: Progress, report: Reporter, config
 ) -> bool:
     """Validation error of the averaged weights; False if a signal cut it short.
 
@@ -166,7 +166,9 @@ def evaluate(
     outcome = evaluator.run(state.ema, "validation")
     if outcome is None:
         return False
-    report.evaluation(step, outcome, time.perf_counter() - start)
+    best = progress.record_evaluation(step, outcome.score, outcome.text())
+    report.evaluation(step, outcome, best, time.perf_counter() - start)
+    optim = config.optim
     if optim.schedule == "plateau":
         progress.plateau = plateau_step(
             progress.plateau, outcome.score, optim.factor, optim.patience, optim.min_scale

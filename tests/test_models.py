@@ -85,6 +85,7 @@ predict = jax.jit(apply_one, static_argnums=0)
 @functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradients(model, params, graph):
     """A loss, and its gradients by parameters and positions; compiled once per model."""
+
     def loss(p, x):
         predictions = apply_one(model, p, graph.replace(position=x))
         return sum((value**2).sum() for value in predictions.values())
@@ -159,15 +160,16 @@ def check_symmetries(model, params):
     graph = graph_for(model, rng)
     n = int(graph.node_mask.sum())
     before = output(model, params, graph)
-    moves, of_nodes = before.ndim == 2, model.targets[0].per_node
+    turns, of_nodes = before.ndim == 2, model.targets[0].per_node
+    moves = model.targets[0].readout == "position"  # other vectors turn, but do not shift
     rotation, reflection, shift = turn(rng, False), turn(rng, True), rng.normal(size=3) * 10
     permutation, atoms = permuted(graph, rng)
     after = lambda changed: output(model, params, changed)[: n if of_nodes else None]
     before = before[:n] if of_nodes else before
     # Positions turn and shift with the input; numbers of graphs and nodes stay.
     expected = {
-        "rotation": before @ rotation.T if moves else before,
-        "reflection": before @ reflection.T if moves else before,
+        "rotation": before @ rotation.T if turns else before,
+        "reflection": before @ reflection.T if turns else before,
         "translation": before + shift if moves else before,
         "permutation": before[atoms] if of_nodes else before,
     }

@@ -119,6 +119,13 @@ def test_a_vector_of_nodes_is_scaled_but_not_shifted():
         Target("position", "A", readout="position")
 
 
+def test_an_element_that_the_data_set_does_not_name_is_refused():
+    arrays = labelled_arrays()
+    arrays.atomic_number[arrays.node_offset[3]] = 34
+    with pytest.raises(UserError, match="Molecule 4 has the element Se, but data set four"):
+        dataset_of(arrays)
+
+
 def test_infinite_labels_and_wrong_numbers_of_labels_are_refused():
     arrays = labelled_arrays()
     arrays.node_labels["charge"][5] = np.inf

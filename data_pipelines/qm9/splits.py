@@ -14,7 +14,7 @@ from data_pipelines.errors import UserError, check_known
 from data_pipelines.qm9.sources import NUM_CHARACTERIZED, characterized_indices
 
 # name: (permutation of n positions, molecules for training, for validation); test: the rest.
-_SPLITS = {
+SPLITS = {
     # Cormorant, EGNN, and TFDS qm9/cormorant.
     "cormorant": (lambda n: np.random.RandomState(0).permutation(n), 100_000, 17_748),
     # TFDS qm9/dimenet. (DimeNet's own qm9_eV.npz excludes a slightly different set.)
@@ -24,7 +24,7 @@ _SPLITS = {
 }
 # For data that are not the whole of QM9, such as the sample: 80 % / 10 % / 10 %.
 _FRACTIONS = "random"
-SPLIT_NAMES = (*_SPLITS, _FRACTIONS)
+SPLIT_NAMES = (*SPLITS, _FRACTIONS)
 
 
 def get_split(name: str, index_G: np.ndarray) -> dict[str, np.ndarray]:
@@ -42,7 +42,7 @@ def get_split(name: str, index_G: np.ndarray) -> dict[str, np.ndarray]:
                 + (" others" if num == NUM_CHARACTERIZED else "")
                 + f". Complete the data, or set config.data.split to {_FRACTIONS!r}."
             )
-        permutation, num_train, num_validation = _SPLITS[name]
+        permutation, num_train, num_validation = SPLITS[name]
         order = permutation(num)
     cuts = np.split(order, [num_train, num_train + num_validation])
     return dict(zip(PARTS, cuts, strict=True))

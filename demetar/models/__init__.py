@@ -93,12 +93,32 @@ def _with_readouts(name: str, targets: tuple[Target, ...], readout: str) -> tupl
     return tuple(chosen)
 
 
-def apply_one(model: GraphModel, params, graph: Graph, **options) -> dict[str, Array]:
+def predict(model: GraphModel, params, batch: Graph, keys_B=None) -> dict[str, Array]:
+    """The predictions for a batch: name of each target -> [B], [B, N] or [B, N, 3].
+
+    Training, evaluation and counting all come here: what a whole batch needs beside the model of
+    one graph (forces as a gradient of its energies, say) has its place here.
+
+    Args:
+      model: for one graph.
+      params: its parameters.
+      batch: graphs with a leading axis B.
+      keys_B: randomness of dropout for each graph; None: no dropout.
+    """
+    if keys_B is None:
+        return jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
+
+    def with_dropout(graph, key):
+        return model.apply({"params": params}, graph, False, rngs={"dropout": key})
+
+    return jax.vmap(with_dropout)(batch, keys_B)
+
+
+def apply_one(model: GraphModel, params, graph: Graph) -> dict[str, Array]:
     """The predictions for one graph, outside any batch.
 
     The same as `model.apply`, and differentiable: dense layers join the rows of a batch,
     and that is defined inside a vmap only (see `ops.matmul`).
     """
-    predict = lambda graph: model.apply({"params": params}, graph, **options)
     batch = jax.tree.map(lambda x: jnp.asarray(x)[None], graph)
-    return jax.tree.map(lambda x: x[0], jax.vmap(predict)(batch))
+    return jax.tree.map(lambda x: x[0], predict(model, params, batch))

@@ -18,10 +18,6 @@ from demetar.models import ops
 
 Array = jax.Array
 
-# What a model's `symmetries` may name: positions turn, reflect and shift with the input, and
-# graph targets stay; nodes may come in any order.
-SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
-
 
 class Dense(nn.Module):
     """`x @ kernel + bias` over the last axis, `[..., D] -> [..., features]`.

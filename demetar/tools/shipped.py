@@ -23,6 +23,7 @@ from data_pipelines.graph import Graph
 from data_pipelines.targets import Target
 from demetar.config import stored
 from demetar.models import create_model
+from demetar.models import predict as predict_batch
 from demetar.models.base import GraphModel
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "weights"
@@ -128,8 +129,7 @@ def load_pretrained(name: str) -> Callable[..., np.ndarray]:
             graph_mask=jnp.ones(number, bool),
             index=jnp.arange(number),
         )
-        predictions = jax.vmap(lambda graph: network.apply({"params": model.params}, graph))(batch)
-        return predictions[network.position]
+        return predict_batch(network, model.params, batch)[network.position]
 
     def predict(*, position, velocity, charge) -> np.ndarray:
         arrays = {"position": position, "velocity": velocity, "charge": charge}

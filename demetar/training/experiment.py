@@ -14,7 +14,7 @@ from data_pipelines.dataset import Dataset
 from data_pipelines.errors import UserError
 from data_pipelines.registry import load_dataset
 from demetar.config import stored
-from demetar.models import create_model
+from demetar.models import create_model, predict
 from demetar.models.base import GraphModel
 from demetar.speed import flops
 from demetar.training import sharding
@@ -99,8 +99,7 @@ class Experiment:
         model = self.model.clone(remat=False) if hasattr(self.model, "remat") else self.model
 
         def summed(params, batch):
-            predictions = jax.vmap(lambda graph: model.apply({"params": params}, graph))(batch)
-            return sum(x.sum() for x in predictions.values())
+            return sum(x.sum() for x in predict(model, params, batch).values())
 
         example = lambda n, e: (self._shapes.params, self.abstract_batch(Bucket(n, e), 1))
         sizes = self.arrays.sizes

@@ -161,10 +161,9 @@ class Reporter:
             f"data wait {lap.wait:.1%}  ETA {log.duration(lap.left)}"
         )
 
-    def evaluation(self, step: int, outcome: Outcome, seconds: float) -> None:
-        """Takes note of a validation, writes it and says it."""
+    def evaluation(self, step: int, outcome: Outcome, best: bool, seconds: float) -> None:
+        """Writes a validation and says it."""
         self._writers.write(step, "validation", outcome.values() | {"score": outcome.score})
-        best = self._progress.record_evaluation(step, outcome.score, outcome.text())
         log.say(
             f"step {step}  validation {outcome.text()}{'  (best)' if best else ''}  "
             f"{outcome.count} {outcome.dataset.items} in {seconds:.1f} s"

@@ -35,6 +35,8 @@ def result_of(outcome: Outcome, part: str, step: int, identity: dict) -> dict:
             "unit": target.unit,
         }
         for name, errors in baselines.items():
+            if target.name not in errors:
+                continue
             error = measure.of_error(errors[target.name])
             row[f"{target.metric}_of_{name}"] = float(measure.finish(np.nanmean(error), variance))
         # A few graphs may make most of a mean: say so.

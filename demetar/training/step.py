@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.graph import Array, Graph
 from demetar.job.watch import UNWATCHED, Unwatched, Watch
+from demetar.models import predict
 from demetar.models.base import GraphModel
 from demetar.training import sharding
 from demetar.training.objective import Objective, TargetErrors
@@ -58,11 +59,7 @@ def make_gradient(model: GraphModel, objective: Objective, accumulation: int) ->
 
     def gradient(params, batch: Graph, keys_B):
         def summed_loss(params):
-            def predict(graph, key):
-                rngs = {"dropout": key}
-                return model.apply({"params": params}, graph, not has_dropout, rngs=rngs)
-
-            predictions = jax.vmap(predict)(batch, keys_B)
+            predictions = predict(model, params, batch, keys_B if has_dropout else None)
             loss_B = jnp.where(batch.graph_mask, objective.loss_B(predictions, batch), 0.0)
             errors = TargetErrors.from_model_output(*objective.errors_BxT(predictions, batch))
             return loss_B.sum(), (loss_B, errors)
@@ -154,8 +151,7 @@ def make_eval_step(model: GraphModel, mesh: Mesh, param_specs, objective: Object
 
     def evaluate(params, batch: Graph, stop_1: Array):
         params = sharding.gather_params(params, param_specs)
-        predict = lambda graph: model.apply({"params": params}, graph)
-        predictions = jax.vmap(predict)(batch)
+        predictions = predict(model, params, batch)
         error_BxT, labelled_BxT = objective.errors_BxT(predictions, batch)
         errors = TargetErrors.from_model_output(error_BxT, labelled_BxT)
         sums = sharding.sum_over((errors, stop_1.sum()), sharding.BATCH_AXES)
