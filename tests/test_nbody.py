@@ -204,7 +204,7 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
 def test_words_of_the_config_in_any_order_and_no_two_models():
     assert load_config("nbody:blog,smoke") == load_config("nbody:smoke,blog")
     assert load_config("nbody:blog,velocity").data.protocol == "blog"
-    for words, message in (("egnn,linear", "At most one model"), ("egn", "no variant 'egn'")):
+    for words, message in (("egnn,linear", "at most one model"), ("egn", "no variant 'egn'")):
         with pytest.raises(UserError, match=message):
             load_config(f"nbody:{words}")
 
