@@ -105,7 +105,7 @@ def saving(folder: pathlib.Path) -> dict:
     experiment = build_experiment(config)
     trainer, state = Trainer(experiment), experiment.create_state()
     bucket, graphs = trainer.gather(0)
-    batch = trainer.place(graphs)
+    batch = trainer.to_devices(graphs)
     checkpoints = Checkpoints(folder, keep_last=2)
     progress = Progress.new(len(experiment.dataset.targets))
 

@@ -87,7 +87,7 @@ class Run:
         bucket, graphs = next(self._batches)
         self._arrived = time.perf_counter()
         self._drawn += 1
-        return bucket, self.trainer.place(graphs)
+        return bucket, self.trainer.to_devices(graphs)
 
     def _train_on(self, bucket, batch):
         self._state, sums = self.trainer.step(self._state, bucket, batch)
@@ -136,7 +136,7 @@ class Run:
         """Median time of a step of one bucket, over the same few batches, in seconds."""
         steps = (step for step in itertools.count() if self.plan[step][0] == bucket)
         gathered = [self.trainer.gather(step)[1] for step in itertools.islice(steps, 4)]
-        batches = [self.trainer.place(graphs) for graphs in gathered]
+        batches = [self.trainer.to_devices(graphs) for graphs in gathered]
         float(self._train_on(bucket, batches[0]).loss)  # compiles
         times, start = [], time.perf_counter()
         for batch in itertools.cycle(batches):

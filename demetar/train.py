@@ -100,7 +100,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             report.waited(time.perf_counter() - waits_since)
         if graphs_seen is not None:
             graphs_seen.write_step(step + 1, trainer.rows, graphs)
-        batch = trainer.place(graphs)
+        batch = trainer.to_devices(graphs)
         job.watch.phase("step")
         stops, scale = bool(job.interruption.requested), progress.plateau.scale
         state, sums = trainer.step(state, bucket, batch, stops, scale)
@@ -135,6 +135,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
 
 def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
     """Writes config.json; refuses the folder of another run."""
+    workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / "config.json"
     started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
     if file.exists() and started:

@@ -308,10 +308,10 @@ def test_a_loss_that_is_not_finite_names_its_step_and_graphs(cache_dir, tmp_path
     report = Reporter(trainer, tmp_path, Progress.new(2), Job.alone(), 0)
     state = trainer.experiment.create_state()
     bucket, graphs = trainer.gather(6)
-    state, sums = trainer.step(state, bucket, trainer.place(graphs))
+    state, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
     assert not report.collect(sums, 7)
     graphs.position[3, 0] = np.nan
-    _, sums = trainer.step(state, bucket, trainer.place(graphs))
+    _, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
     named = rf"Step 7: the loss is nan.* Not finite: molecules {graphs.index[3]}\. Nothing"
     with pytest.raises(NonFiniteLoss, match=named):
         report.collect(sums, 7)

@@ -45,7 +45,7 @@ def run(trainer, steps):
     state, losses = trainer.experiment.create_state(), []
     for k in range(steps):
         bucket, graphs = trainer.gather(k)
-        state, sums = trainer.step(state, bucket, trainer.place(graphs))
+        state, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
         losses.append(float(sums.loss))
     return np.array(losses), jax.device_get(state)
 
@@ -141,7 +141,7 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(cache_dir, floa
 
     def sums_of(graphs):
         batch = batching.gather(experiment.arrays, graphs, experiment.dataset.buckets[0])
-        _, sums = trainer.step(experiment.create_state(), 0, trainer.place(batch))
+        _, sums = trainer.step(experiment.create_state(), 0, trainer.to_devices(batch))
         return jax.device_get(sums)
 
     graphs = experiment.dataset.split["train"][:16].copy()
@@ -210,7 +210,7 @@ def test_sixteen_molecules_are_learned_by_heart(cache_dir):
     experiment = trainer.experiment
     graphs = experiment.dataset.split["train"][:16]
     batch = batching.gather(experiment.arrays, graphs, experiment.dataset.buckets[0])
-    batch, state = trainer.place(batch), experiment.create_state()
+    batch, state = trainer.to_devices(batch), experiment.create_state()
     for _ in range(400):
         state, sums = trainer.step(state, 0, batch)
     assert float(sums.loss) / 16 < 0.05

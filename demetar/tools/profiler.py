@@ -117,7 +117,7 @@ class Profiler:
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 bucket, graphs = trainer.gather(step)
                 assembled = time.perf_counter()
-                batch = trainer.place(graphs)
+                batch = trainer.to_devices(graphs)
                 placed = time.perf_counter()
                 self._state, self._sums = trainer.step(self._state, bucket, batch)
                 if pending is not None:

@@ -20,7 +20,7 @@ class Trainer:
 
         state = experiment.create_state()
         for bucket, graphs in trainer.batches(range(first_step, num_steps)):
-            state, sums = trainer.step(state, bucket, trainer.place(graphs))
+            state, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
 
     Args:
       experiment: what is trained.
@@ -61,7 +61,7 @@ class Trainer:
         arrays, limits = self.experiment.arrays, self.plan.buckets[bucket]
         return bucket, batching.gather(arrays, graphs_B[self.rows], limits)
 
-    def place(self, graphs: Graph) -> Graph:
+    def to_devices(self, graphs: Graph) -> Graph:
         """This process's rows -> the global batch on the devices."""
         return sharding.to_devices(graphs, self.experiment.mesh, self.plan.batch_size)
 
@@ -75,7 +75,7 @@ class Trainer:
         Args:
           state: before.
           bucket: of the batch.
-          batch: of `place`.
+          batch: of `to_devices`.
           stop: whether this process was asked to stop; the sums say it of all.
           lr_scale: factor of the learning rate, of the schedule `plateau`.
         """
