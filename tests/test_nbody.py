@@ -180,13 +180,14 @@ def test_trivial_predictors(cache_dir):
 
 # --- runs --------------------------------------------------------------------------------------
 
-MODELS = (
-    "e3 egnn linear deep_set set_transformer not_equivariant translation com velocity node_only "
-    "edge_cross"
-).split()
+MODELS = "e3 egnn linear deep_set set_transformer velocity edge_cross".split()
+# Options of the same class, whose gradients tests/test_models.py has for each.
+OPTIONS = "not_equivariant translation com node_only".split()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS)]
+)
 def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     changes = {"data.cache_dir": cache_dir, "optim.warmup_steps": 0}
     if model != "linear":
