@@ -226,7 +226,8 @@ def cosine_cutoff(distance: Array, cutoff: float) -> Array:
 
 @flax.struct.dataclass
 class Messages:
-    """M = 2E messages: both directions of each edge, one half after the other.
+    """M messages: both directions of each edge, one half after the other; with `loops`, then each
+    node's to itself.
 
     A gather and a sum by receiver: time and memory grow with the edges, however many nodes
     there are. (A matrix [N, N, D] of all pairs, without either, was no faster on a CPU, on
@@ -236,12 +237,14 @@ class Messages:
       mask_Mx1: float, 0 for padding.
       receiver_M, sender_M: nodes.
       num_nodes: N.
+      num_edges: E.
     """
 
     mask_Mx1: Array
     receiver_M: Array
     sender_M: Array
     num_nodes: int = flax.struct.field(pytree_node=False)
+    num_edges: int = flax.struct.field(pytree_node=False)
 
     @property
     def count_Nx1(self) -> Array:
@@ -256,6 +259,14 @@ class Messages:
         """Of each message, the row of its sender."""
         return x_NxD[self.sender_M]
 
+    def of_edge(self, x_ExD: Array, loop_D: Array | float = 0.0) -> Array:
+        """Of each message, the row of its edge, the same in both directions; `loop_D` of loops."""
+        rows = [x_ExD, x_ExD]
+        if num_loops := len(self.receiver_M) - 2 * self.num_edges:
+            shape = (num_loops, *x_ExD.shape[1:])
+            rows.append(jnp.broadcast_to(jnp.asarray(loop_D, x_ExD.dtype), shape))
+        return jnp.concatenate(rows)
+
     def sum_at_receiver(self, x_MxD: Array, weight_Mx1: Array) -> Array:
         """`sum over messages to i of weight x`, `[N, D]`."""
         wide = jnp.promote_types(x_MxD.dtype, jnp.float32)  # sums of many small numbers
@@ -263,13 +274,30 @@ class Messages:
         sum_NxD = jax.ops.segment_sum(weighted_MxD, self.receiver_M, self.num_nodes)
         return sum_NxD.astype(jnp.promote_types(x_MxD.dtype, weight_Mx1.dtype))
 
+    def softmax_at_receiver(self, logits_MxH: Array) -> Array:
+        """Softmax over the messages to each node, `[M, H]`; 0 for padding."""
+        wide = logits_MxH.astype(jnp.promote_types(logits_MxH.dtype, jnp.float32))
+        real = self.mask_Mx1 > 0
+        wide = jnp.where(real, wide, -1e30)
+        most_NxH = jax.ops.segment_max(wide, self.receiver_M, self.num_nodes)
+        most_MxH = jax.lax.stop_gradient(jnp.maximum(most_NxH, -1e30))[self.receiver_M]
+        weight_MxH = jnp.where(real, jnp.exp(wide - most_MxH), 0)
+        total_NxH = jax.ops.segment_sum(weight_MxH, self.receiver_M, self.num_nodes)
+        return weight_MxH / jnp.where(total_NxH > 0, total_NxH, 1)[self.receiver_M]
 
-def messages_of(graph: Graph) -> Messages:
+
+def messages_of(graph: Graph, loops: bool = False) -> Messages:
     """The messages of one graph without padding values."""
-    both = lambda a, b: jnp.concatenate([a, b])
+    receivers, senders = [graph.receivers, graph.senders], [graph.senders, graph.receivers]
+    masks = [graph.edge_mask, graph.edge_mask]
+    if loops:
+        nodes = jnp.arange(len(graph.node_mask), dtype=graph.senders.dtype)
+        receivers, senders = [*receivers, nodes], [*senders, nodes]
+        masks = [*masks, graph.node_mask]
     return Messages(
-        both(graph.edge_mask, graph.edge_mask)[:, None].astype(graph.position.dtype),
-        both(graph.receivers, graph.senders),
-        both(graph.senders, graph.receivers),
+        jnp.concatenate(masks)[:, None].astype(graph.position.dtype),
+        jnp.concatenate(receivers),
+        jnp.concatenate(senders),
         len(graph.node_mask),
+        len(graph.edge_mask),
     )
