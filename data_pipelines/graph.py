@@ -49,6 +49,8 @@ class Graph:
       index: [] int32, the graph's published number; 0 in padding.
       velocity: [N, 3] float, or None.
       charge: [N] float, or None.
+      node_feature: [N, F] float, what else is known of each node, or None.
+      graph_feature: [P] float, numbers of the whole graph computed before training, or None.
       labels: name of a target -> [], [N] or [N, 3] float, as a model predicts it; no model
         looks at them.
       label_mask: name of a target -> [] or [N] bool, true where there is a label; only of
@@ -66,6 +68,8 @@ class Graph:
     index: Array
     velocity: Array | None = None
     charge: Array | None = None
+    node_feature: Array | None = None
+    graph_feature: Array | None = None
     labels: dict[str, Array] = flax.struct.field(default_factory=dict)
     label_mask: dict[str, Array] = flax.struct.field(default_factory=dict)
 
@@ -83,6 +87,7 @@ def without_padding_values(graph: Graph) -> Graph:
     return graph.replace(
         velocity=rows(graph.velocity),
         charge=None if graph.charge is None else jnp.where(node, graph.charge, 0),
+        node_feature=rows(graph.node_feature),
         position=rows(graph.position),
         atomic_number=jnp.where(node, graph.atomic_number, 0),
         senders=jnp.where(edge, graph.senders, 0),
