@@ -31,6 +31,8 @@ class GraphArrays:
       node_labels: name of a target -> [nodes] or [nodes, 3] float; NaN likewise.
       velocity: [nodes, 3] float, or None.
       charge: [nodes] float, or None.
+      node_feature: [nodes, F] numbers, or None.
+      graph_feature: [G, P] float, or None.
       dtype: of the floating-point numbers of a batch.
     """
 
@@ -44,6 +46,8 @@ class GraphArrays:
     node_labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     velocity: np.ndarray | None = None
     charge: np.ndarray | None = None
+    node_feature: np.ndarray | None = None
+    graph_feature: np.ndarray | None = None
     dtype: np.dtype = np.dtype(np.float64)
 
     @functools.cached_property
@@ -116,6 +120,10 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
         index=np.where(real_B, arrays.index[g_B], 0).astype(np.int32),
         velocity=per_node(arrays.velocity),
         charge=per_node(arrays.charge),
+        node_feature=per_node(arrays.node_feature),
+        graph_feature=None
+        if arrays.graph_feature is None
+        else masked(arrays.graph_feature[g_B], real_B),
         labels=labels,
         label_mask=label_mask,
     )

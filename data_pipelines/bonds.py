@@ -78,6 +78,34 @@ def find_bonds(
     return np.concatenate([pairs, types], axis=1).astype(np.uint16), Agreement.SMILES_UNUSABLE
 
 
+def chemistry_of_atoms(
+    smiles: str, atomic_numbers_N: np.ndarray, bonds_bx3: np.ndarray
+) -> np.ndarray:
+    """[N, 5] uint8: aromatic, sp, sp2, sp3 (0 or 1 each), number of hydrogen neighbours.
+
+    The first four are RDKit's of the heavy atoms of the SMILES. They are 0 of hydrogens, and
+    everywhere if the SMILES does not fit the bonds (`Agreement.SMILES_UNUSABLE`).
+
+    Args:
+      smiles: of the molecule.
+      atomic_numbers_N: [N].
+      bonds_bx3: of `find_bonds`.
+    """
+    ends = np.concatenate([bonds_bx3[:, :2], bonds_bx3[:, 1::-1]]).astype(np.int64)
+    has_hydrogen = atomic_numbers_N[ends[:, 1]] == 1
+    table_Nx5 = np.zeros((len(atomic_numbers_N), 5), np.uint8)
+    table_Nx5[:, 4] = np.bincount(ends[has_hydrogen, 0], minlength=len(atomic_numbers_N))
+    heavy = np.flatnonzero(atomic_numbers_N > 1)
+    molecule = _rdkit().MolFromSmiles(smiles)
+    atoms = [] if molecule is None else list(molecule.GetAtoms())
+    described = [(a.GetAtomicNum(), a.GetTotalNumHs()) for a in atoms]
+    if described == list(zip(atomic_numbers_N[heavy], table_Nx5[heavy, 4], strict=True)):
+        for row, atom in zip(heavy, atoms, strict=True):
+            kind = atom.GetHybridization().name
+            table_Nx5[row, :4] = [atom.GetIsAromatic(), kind == "SP", kind == "SP2", kind == "SP3"]
+    return table_Nx5
+
+
 @functools.cache
 def _rdkit():
     from rdkit import Chem, RDLogger  # slow to import, and needed only to prepare

@@ -144,6 +144,26 @@ def test_batches_hold_what_the_plan_says(dataset, steps):
             assert batch.index[row] == arrays.index[g]
 
 
+def test_features_of_nodes_and_graphs_are_gathered_and_padded(dataset):
+    arrays = dataset.arrays
+    rng = np.random.default_rng(0)
+    feature, of_graph = rng.normal(size=(len(arrays.position), 3)), rng.normal(size=(500, 2))
+    more = dataclasses.replace(
+        arrays, node_feature=feature, graph_feature=of_graph, dtype=np.dtype(np.float32)
+    )
+    batch = batching.gather(more, np.array([7, -1, 3]), dataset.buckets[-1])
+    assert batch.node_feature.dtype == batch.graph_feature.dtype == np.float32
+    for row, g in enumerate((7, -1, 3)):
+        atoms = slice(*arrays.node_offset[g : g + 2]) if g >= 0 else slice(0)
+        n = len(feature[atoms])
+        np.testing.assert_array_equal(batch.node_feature[row, :n], feature[atoms].astype("f4"))
+        assert not batch.node_feature[row, n:].any()
+        expected = of_graph[g].astype("f4") if g >= 0 else 0
+        np.testing.assert_array_equal(batch.graph_feature[row], expected)
+    plain = batching.gather(arrays, np.array([7]), dataset.buckets[-1])
+    assert plain.node_feature is None and plain.graph_feature is None
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
 def test_slices_of_processes_make_the_global_batch(dataset, num_processes):
     plan = BatchPlan(dataset.arrays.sizes, dataset.split["train"], dataset.buckets, 8, 0)

@@ -17,7 +17,7 @@ from data_pipelines.bonds import Agreement, BondType, find_bonds
 from data_pipelines.edges import build_edges
 from data_pipelines.elements import atomic_number, atomic_weights, covalent_radii, symbols
 from data_pipelines.errors import UserError
-from data_pipelines.qm9 import preparation, sources
+from data_pipelines.qm9 import node_features, preparation, sources
 from data_pipelines.qm9.properties import (
     COLUMNS,
     ELEMENTS,
@@ -34,7 +34,9 @@ from data_pipelines.qm9.sources import (
     read_tfds,
 )
 from data_pipelines.qm9.splits import get_split, split_hash
+from data_pipelines.registry import load_dataset
 
+NMP = pathlib.Path(__file__).parent / "golden" / "nmp.npz"
 # Molecule 1 exactly as published in dsgdb9nsd_000001.xyz.
 METHANE = """\
 5
@@ -257,6 +259,50 @@ def test_edges_of_each_kind(sample, kind):
 def test_unknown_edges():
     with pytest.raises(UserError, match="Did you mean 'bonds'"):
         build_edges(None, "bond", 1.0)
+
+
+# --- features of atoms ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not NMP.exists(), reason="no golden file with features of atoms")
+def test_features_of_atoms_equal_the_golden_ones():
+    """The golden file says whether an atom has hydrogen neighbours; ours, as PyG, how many."""
+    golden = np.load(NMP)
+    for b, smiles in enumerate(golden["smiles"]):
+        n = golden["node_mask"][b].sum()
+        numbers, expected = golden["atomic_number"][b, :n], golden["node_feature"][b, :n]
+        bonds, agreement = find_bonds(str(smiles), numbers, golden["position"][b, :n])
+        assert agreement == Agreement.AGREE
+        found = node_features.describe(str(smiles), numbers, bonds)
+        np.testing.assert_array_equal(found[:, :10], expected[:, :10])
+        np.testing.assert_array_equal(found[:, 10] > 0, expected[:, 10] > 0)
+        assert found[:, 10].sum() == (numbers == 1).sum()
+
+
+def test_features_of_methane_and_of_a_smiles_that_does_not_fit():
+    methane = parse_raw_xyz(METHANE, "x")
+    bonds, _ = find_bonds("C", methane.atomic_numbers, methane.positions)
+    describe = lambda smiles: node_features.describe(smiles, methane.atomic_numbers, bonds).tolist()
+    hydrogens = [[1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]] * 4
+    assert describe("C") == [[0, 1, 0, 0, 0, 6, 0, 0, 0, 1, 4], *hydrogens]
+    for smiles in ("N", "CC", "not smiles"):
+        assert describe(smiles) == [[0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 4], *hydrogens]
+
+
+def test_features_of_atoms_are_prepared_once_and_change_nothing_else(sample, cache_dir):
+    molecules, passport = sample
+    options = dict(name="qm9", source="sample", path="", cache_dir=cache_dir, split="random")
+    options |= dict(targets=("homo",), edges="bonds", edge_cutoff=0.0)
+    plain, more = (load_dataset(**options, node_features=kind) for kind in ("none", "pyg"))
+    assert plain.passport == passport == more.passport
+    assert plain.arrays.node_feature is None
+    feature = more.arrays.node_feature
+    assert feature.shape == (len(molecules.atomic_number), 11)
+    np.testing.assert_array_equal(feature[:, 5], molecules.atomic_number)
+    np.testing.assert_array_equal(more.arrays.position, plain.arrays.position)
+    assert node_features.load("pyg", "sample", cache_dir=cache_dir).base is not None  # a map
+    with pytest.raises(UserError, match="Did you mean 'pyg'"):
+        load_dataset(**options, node_features="pgy")
 
 
 # --- targets -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets, training_mean
 from data_pipelines.edges import build_edges
+from data_pipelines.qm9 import node_features as atoms
 from data_pipelines.qm9 import preparation
 from data_pipelines.qm9.properties import ELEMENTS, get_properties, labels
 from data_pipelines.qm9.splits import get_split
@@ -14,11 +15,21 @@ DEFAULTS = {
     "split": "dimenet",  # cormorant | dimenet | torchmd | random
     "edges": "cutoff",  # bonds | cutoff (all pairs within edge_cutoff, and bonds) | complete
     "edge_cutoff": 3.0,  # angstrom, for cutoff
+    "node_features": "none",  # none | pyg (PyTorch Geometric's 11 of each atom)
 }
 
 
 def load(
-    *, source, path, targets, split, edges, edge_cutoff, cache_dir: str = "", buckets=()
+    *,
+    source,
+    path,
+    targets,
+    split,
+    edges,
+    edge_cutoff,
+    node_features: str = "none",
+    cache_dir: str = "",
+    buckets=(),
 ) -> Dataset:
     """QM9 with the options of `DEFAULTS`."""
     rows = get_properties(targets)
@@ -34,6 +45,7 @@ def load(
         edge_offset=edge_offset,
         edges=edge_rows,
         graph_labels=graph_labels,
+        node_feature=atoms.load(node_features, source, path, cache_dir),
     )
     bonds = passport["smiles_and_geometry"]
     about = {

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import io
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 from tqdm import tqdm
@@ -69,10 +70,17 @@ def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArra
     if source == "sample":
         source, path = "raw", str(SAMPLE_FILE)
     check_known("config.data.source", source, (*SOURCES, "sample"))
-    root = pathlib.Path(cache_dir or default_cache_dir()) / "qm9"
-    folder = root / f"{source}-{_source_key(source, path)}"
+    folder = folder_of(source, path, cache_dir)
     arrays, passport = prepare(folder, lambda building: _build(source, path, building), "500 MB")
     return MoleculeArrays(**arrays), passport
+
+
+def folder_of(source: str, path: str = "", cache_dir: str = "") -> pathlib.Path:
+    """Where `load` with the same arguments keeps its preparation."""
+    if source == "sample":
+        source, path = "raw", str(SAMPLE_FILE)
+    root = pathlib.Path(cache_dir or default_cache_dir()) / "qm9"
+    return root / f"{source}-{_source_key(source, path)}"
 
 
 def _source_key(source: str, path: str) -> str:
@@ -146,14 +154,8 @@ def _check(molecule) -> None:
 
 def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.ndarray]:
     """Reads the ArrayRecord files back into one array per field."""
-    import tensorflow_datasets as tfds
-
-    (info_file,) = data_dir.glob("**/dataset_info.json")
-    records = tfds.builder_from_directory(info_file.parent).as_data_source("molecules")
     columns = {name: [] for name in ("index", "atomic_number", "position", "bonds", "properties")}
-    starts = range(0, len(records), chunk)
-    for start in tqdm(starts, "Decoding QM9", unit=f" x {chunk} molecules"):
-        rows = records.__getitems__(list(range(start, min(start + chunk, len(records)))))
+    for rows in records_of(data_dir, "Decoding QM9", chunk):
         for name, column in columns.items():
             column.extend(row[name] for row in rows)
     offsets = lambda column: np.concatenate([[0], np.cumsum([len(row) for row in column])])
@@ -166,6 +168,17 @@ def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.nd
         "bonds": np.concatenate(columns["bonds"]),
         "properties": np.stack(columns["properties"]),
     }
+
+
+def records_of(data_dir: pathlib.Path, doing: str, chunk: int = 512) -> Iterator[list[dict]]:
+    """The records of a preparation in chunks, SMILES included; `doing` names the progress bar."""
+    import tensorflow_datasets as tfds
+
+    (info_file,) = data_dir.glob("**/dataset_info.json")
+    records = tfds.builder_from_directory(info_file.parent).as_data_source("molecules")
+    starts = range(0, len(records), chunk)
+    for start in tqdm(starts, doing, unit=f" x {chunk} molecules"):
+        yield records.__getitems__(list(range(start, min(start + chunk, len(records)))))
 
 
 def _passport(molecules: MoleculeArrays, source: str, agreement: list[int]) -> dict:
