@@ -15,6 +15,7 @@ from demetar.models.baselines import DeepSet, Linear, SetTransformer
 from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
+from demetar.models.schnet import Schnet
 
 MODELS: dict[str, type[GraphModel]] = {
     "demetar": Demetar,
@@ -23,6 +24,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "linear": Linear,
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,
+    "schnet": Schnet,
 }
 DTYPES = ("float32", "bfloat16", "float64")
 
