@@ -12,6 +12,7 @@ from data_pipelines.graph import Array, Graph
 from data_pipelines.targets import READOUTS, Target
 from demetar.models.base import GraphModel
 from demetar.models.baselines import DeepSet, Linear, SetTransformer
+from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
@@ -25,6 +26,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,
     "schnet": Schnet,
+    "cormorant": Cormorant,
 }
 DTYPES = ("float32", "bfloat16", "float64")
 

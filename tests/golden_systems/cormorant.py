@@ -9,7 +9,7 @@ import numpy as np
 
 from demetar.models.cormorant import Cormorant, invariants, solid_harmonics
 
-from .common import ELEMENTS, TARGET, System, intermediate, molecules
+from .common import ELEMENTS, TARGET, System, intermediate
 
 
 def model(golden, meta):
