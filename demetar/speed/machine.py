@@ -95,9 +95,9 @@ class Peak:
         return min(1.0, flops / self.flops)
 
     def text(self, share: float) -> str:
-        """`34.4% of float32 peak`."""
+        """`34.4% of float32 peak`; never 0% for little."""
         bound = "" if self.machine.settled else "at most "
-        return f"{bound}{share:.1%} of {self.machine.dtype} peak"
+        return f"{bound}{100 * share:.3g}% of {self.machine.dtype} peak"
 
 
 def measured_machine(cache_dir: str | pathlib.Path, dtype) -> Machine:
