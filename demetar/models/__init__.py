@@ -16,6 +16,7 @@ from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
+from demetar.models.nmp import Nmp
 from demetar.models.schnet import Schnet
 
 MODELS: dict[str, type[GraphModel]] = {
@@ -26,6 +27,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,
     "schnet": Schnet,
+    "nmp": Nmp,
     "cormorant": Cormorant,
 }
 DTYPES = ("float32", "bfloat16", "float64")
