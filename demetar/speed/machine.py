@@ -95,9 +95,10 @@ class Peak:
         return min(1.0, flops / self.flops)
 
     def text(self, share: float) -> str:
-        """`34.4% of float32 peak`; never 0% for little."""
+        """`34.4% of float32 peak`; little is not said as 0."""
+        digits = 1 if share >= 1e-3 else 5
         bound = "" if self.machine.settled else "at most "
-        return f"{bound}{100 * share:.3g}% of {self.machine.dtype} peak"
+        return f"{bound}{share:.{digits}%} of {self.machine.dtype} peak"
 
 
 def measured_machine(cache_dir: str | pathlib.Path, dtype) -> Machine:
