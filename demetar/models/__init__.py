@@ -16,6 +16,8 @@ from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
+from demetar.models.et import Et
+from demetar.models.lieconv import LieConv
 from demetar.models.nmp import Nmp
 from demetar.models.schnet import Schnet
 
@@ -23,6 +25,8 @@ MODELS: dict[str, type[GraphModel]] = {
     "demetar": Demetar,
     "demetar_e3": DemetarE3,
     "egnn": Egnn,
+    "et": Et,
+    "lieconv": LieConv,
     "linear": Linear,
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,

@@ -13,6 +13,7 @@ from demetar.models.base import GraphModel
 
 TARGET = Target("output", "1", readout="sum", normalization="none")
 ELEMENTS = (1, 6, 7, 8, 9)
+BATCH_AXIS = "batch"  # name of the vmapped axis over the graphs of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,15 @@ class System:
       official: (params, golden, meta) -> official name -> our parameters in the official layout:
         reshaped, transposed, split and joined only, so that it can be inverted.
       batch: (golden, meta) -> the graphs of the file.
-      output: (predictions, batch) -> an array of the shape of `golden["output"]`.
+      output: (predictions, batch) -> an array of the shape of the file's `output`.
+      loss: (output, golden) -> the number whose gradients are in the file.
       layers: (intermediates, predictions, batch, golden, meta) -> name in the file -> ours, of
         what flax captured (see `intermediate`). Nodes past a graph's own are not compared.
-      weightless: names `param/...` of the file that our model has no weight for, because they
-        reach no output.
+      weightless: names (after `param/`) that our model has no weight for, because they reach no
+        output; names without a gradient, in a file with gradients, need no entry.
       variables: (golden, meta) -> collections beside the parameters.
+      of_batch: (golden, meta) -> our model as it is where graphs of a batch depend on each other
+        (the file's `output_train`), if it is another.
       rtol: relative to the largest number of an array.
     """
 
@@ -37,9 +41,11 @@ class System:
     official: Callable[..., dict[str, np.ndarray]]
     batch: Callable[..., Graph] = lambda golden, meta: molecules(golden)
     output: Callable = lambda predictions, batch: predictions[TARGET.name][:, None]
+    loss: Callable = lambda output, golden: output.sum()
     layers: Callable[..., Mapping[str, np.ndarray]] = lambda *_: {}
     weightless: tuple[str, ...] = ()
     variables: Callable[..., dict] = lambda golden, meta: {}
+    of_batch: Callable[..., GraphModel] | None = None
     rtol: float = 1e-9
 
 
@@ -100,7 +106,7 @@ def run(model: GraphModel, params: dict, batch: Graph, variables: dict):
             mutable=["intermediates"],
         )
 
-    predictions, captured = jax.vmap(one)(batch)
+    predictions, captured = jax.vmap(one, axis_name=BATCH_AXIS)(batch)
     return predictions, captured["intermediates"]
 
 
