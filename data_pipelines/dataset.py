@@ -32,6 +32,9 @@ class Dataset:
       about: lines for a person: name -> text.
       model_facts: what a model of these data may need to be told beside its options: name of a
         model's field -> value.
+      references: name of a target -> atomic number -> what each such atom adds, in the target's
+        unit, to a label to give what the source holds. Labels are without them; a prediction is
+        given with them.
       baselines: positions of graphs [g] -> name of a trivial predictor -> name of a target -> its
         errors, prediction minus label, on these graphs. Any model must beat them.
     """
@@ -47,6 +50,7 @@ class Dataset:
     passport: dict
     about: Mapping[str, str]
     model_facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    references: Mapping[str, Mapping[int, float]] = dataclasses.field(default_factory=dict)
     baselines: Callable[[np.ndarray], dict[str, dict[str, np.ndarray]]] = lambda graphs: {}
 
     def __post_init__(self):

@@ -1,5 +1,6 @@
 """What a model is: a flax module for one padded graph, and what it declares about itself."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -48,6 +49,14 @@ class GraphModel(nn.Module):
         `dropout`, if not `deterministic`. Padded slots must change nothing.
         """
         raise NotImplementedError
+
+    def keep_embedding(self, embedding_D: Callable[[], Array]) -> None:
+        """Keeps features `[D]` of the whole graph, the last before its read-out, for who asks.
+
+        A function, because a training program must have nothing of it, not even unused.
+        """
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "embedding", embedding_D())
 
     def check(self) -> None:
         """Refuses options that do not fit each other; a subclass extends it."""

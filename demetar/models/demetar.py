@@ -40,6 +40,7 @@ from demetar.models.layers import (
     gaussian_basis,
     layer_norm,
     mask_bias,
+    mean_of_nodes,
     safe_norm,
 )
 from demetar.models.ops import select_rows
@@ -144,6 +145,7 @@ class Demetar(GraphModel):
             b = bias[self.node_layers + layer]
             x_NxD = self._block(f"joint_{layer}")(x_NxD, b, deterministic)
         x_NxD = layer_norm(x_NxD)
+        self.keep_embedding(lambda: jnp.concatenate([x_NxD[0], mean_of_nodes(graph, x_NxD[1:])]))
         return self._read_out(graph, x_NxD[0], x_NxD[1:])
 
     def _block(self, name: str) -> Block:

@@ -80,6 +80,7 @@ class Egnn(GraphModel):
             linear = lambda features, name: _linear(features, self.width, self.dtype, name)
             h_NxD = linear(self.width, "node_1")(nn.silu(linear(self.width, "node_0")(h_NxD)))
             h_D = jnp.where(graph.node_mask[:, None], h_NxD, 0).sum(axis=0)
+            self.keep_embedding(lambda: h_D)
             wide = nn.silu(linear(self.width, "graph_0")(h_D[None]))
             values_T = linear(len(graph_targets), "graph_1")(wide)[0].astype(x_Nx3.dtype)
             predictions |= dict(zip(graph_targets, values_T, strict=True))

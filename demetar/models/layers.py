@@ -194,6 +194,12 @@ def layer_norm(x: Array) -> Array:
     return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
 
 
+def mean_of_nodes(graph: Graph, x_NxD: Array) -> Array:
+    """`[D]` mean over the nodes of a graph, without padding."""
+    sum_D = jnp.where(graph.node_mask[:, None], x_NxD, 0).sum(axis=0)
+    return sum_D / jnp.maximum(graph.node_mask.sum(), 1)
+
+
 def safe_norm(x: Array) -> Array:
     """Euclidean norm over the last axis, with gradient 0 (not nan) where it is 0."""
     square = jnp.sum(x * x, axis=-1)
