@@ -14,6 +14,7 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -169,6 +170,33 @@ class Checkpoints:
         self.wait()
         self._manager.close()
         self._hashing.shutdown()
+
+
+def read_best(workdir: pathlib.Path) -> tuple[int, dict, dict]:
+    """The best weights by validation of a run, which may be under way: nothing is changed.
+
+    Returns:
+      The step, the averaged weights as NumPy arrays, whatever mesh they were trained on, and the
+      identity of the run (config and passport).
+    """
+    folder = workdir / "checkpoints"
+    steps = sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True)
+    whole = [step for step in steps if _what_is_wrong(folder / str(step)) is None]
+    if not whole:
+        raise UserError(f"{workdir} has no whole checkpoint yet: train for longer first.")
+    meta = json.loads((folder / str(whole[0]) / "meta" / "metadata").read_text())
+    best = Progress.from_json(meta.pop("progress")).best_step
+    if best not in whole:
+        raise UserError(
+            f"{workdir} has no whole checkpoint with an evaluation yet, only those of steps "
+            f"{sorted(whole)}: train for longer first."
+        )
+    handler = ocp.PyTreeCheckpointHandler()
+    state = (folder / str(best) / "state").absolute()
+    wanted = {"ema": handler.metadata(state).tree["ema"]}
+    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+    return best, handler.restore(state, args=args)["ema"], meta
 
 
 class _KeepBest:
