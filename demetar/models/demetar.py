@@ -189,7 +189,8 @@ class Demetar(GraphModel):
     def _tokens(self, graph: Graph) -> Array:
         """[CLS], then for each node its type and distance to the centre of mass (F_n).
 
-        A particle's charge and speed are node features too.
+        A particle's charge and speed are node features too, and so is the charge of a molecule
+        where the data have several.
         """
         distance_N = safe_norm(graph.position - _centre_of_mass(graph))
         atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="atom")
@@ -205,6 +206,8 @@ class Demetar(GraphModel):
                 columns += [graph.position - _centre_of_mass(graph), graph.velocity]
             particle = Dense(self.width, dtype=self.dtype, name="particle")
             node_NxD += particle(jnp.concatenate(columns, axis=-1))
+        elif graph.charge is not None:  # of the whole molecule, the same at each of its atoms
+            node_NxD += Dense(self.width, dtype=self.dtype, name="charge")(graph.charge[:, None])
         cls_1xD = self.param("cls", nn.initializers.normal(1.0), (1, self.width))
         return jnp.concatenate([cls_1xD.astype(self.dtype), node_NxD])
 

@@ -1,0 +1,321 @@
+"""A file of molecules prepared once: arrays to train from, what was refused, a passport.
+
+    rows of the files --make_molecule, in parallel--> parts/*.npz --joined--> arrays/*.npy
+
+A part is 2,048 rows. A killed preparation goes on after its last whole part. What a folder is
+named after decides its content: the bytes of the files, the geometry, the columns.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from data_pipelines.elements import symbols
+from data_pipelines.errors import UserError, check_known
+from data_pipelines.molecules.geometry import GEOMETRIES
+from data_pipelines.molecules.identity import identity_key, scaffold
+from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.parallel import map_rows
+from data_pipelines.molecules.readers import read_rows
+from data_pipelines.molecules.record import Molecule, Refusal, Row
+from data_pipelines.molecules.units import Column
+from data_pipelines.prepared import default_cache_dir, prepare, write
+
+_PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
+ROWS_OF_A_PART = 2_048
+# What blank cells and missing numbers read as.
+_BLANK = ("", "nan", "na", "n/a", "none", "null")
+_TEXTS = ("identity", "scaffold", "group", "part")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a preparation depends on.
+
+    Attributes:
+      paths: files, in their order.
+      targets: columns to learn, with their units.
+      smiles: column of the SMILES; "": found by its name.
+      geometry: of `GEOMETRIES`.
+      group, part: columns that a split looks at; "": none.
+    """
+
+    paths: tuple[str, ...]
+    targets: tuple[Column, ...]
+    smiles: str = ""
+    geometry: str = "file"
+    group: str = ""
+    part: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnMolecules:
+    """All molecules of the files, one after the other, as (memory-mapped) arrays.
+
+    Attributes:
+      index: [G] int32, number of the row, counted over all files from 1, ascending.
+      number, file: [G] row in its own file, and which file.
+      node_offset: [G + 1] int64.
+      atomic_number: [atoms] uint8.
+      position: [atoms, 3] float32, angstrom.
+      bond_offset: [G + 1] int64.
+      bonds: [bonds, 3] uint16, rows (i, j, BondType).
+      charge, multiplicity: [G] int8 and int16.
+      labels: [G, T] float64 in the units declared; NaN: none, or one of every atom.
+      identity, scaffold, group, part: [G] int64, equal where the texts are.
+      node_labels: name of a column -> [atoms] or [atoms, 3] float64.
+    """
+
+    index: np.ndarray
+    number: np.ndarray
+    file: np.ndarray
+    node_offset: np.ndarray
+    atomic_number: np.ndarray
+    position: np.ndarray
+    bond_offset: np.ndarray
+    bonds: np.ndarray
+    charge: np.ndarray
+    multiplicity: np.ndarray
+    labels: np.ndarray
+    identity: np.ndarray
+    scaffold: np.ndarray
+    group: np.ndarray
+    part: np.ndarray
+    node_labels: dict[str, np.ndarray]
+
+
+def load(request: Request, cache_dir: str = "") -> tuple[OwnMolecules, dict]:
+    """The prepared molecules and their passport, preparing them first where needed."""
+    check_known("config.data.geometry", request.geometry, GEOMETRIES)
+    hashes = [_file_sha256(path) for path in request.paths]
+    identity = [_PREPARATION_VERSION, hashes, request.geometry, request.smiles]
+    identity += [[(c.name, c.unit) for c in request.targets], request.group, request.part]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    name = pathlib.Path(request.paths[0]).name.partition(".")[0]
+    folder = pathlib.Path(cache_dir or default_cache_dir()) / "molecules" / f"{name}-{key}"
+    build = functools.partial(_build, request, hashes, folder.parent / f"{folder.name}.parts")
+    arrays, passport = prepare(folder, build, "2 KB for each molecule")
+    columns = {c: arrays.pop(f"node_{c}") for c in passport["node_columns"]}
+    return OwnMolecules(**arrays, node_labels=columns), passport
+
+
+def first_row(path: str, smiles: str) -> Row:
+    """The first row of a file that can be read."""
+    for row in itertools.islice(read_rows(path, smiles_column=smiles), 100):
+        if row.refusal is None:
+            return row
+    raise UserError(f"{path} has no row that can be read in its first 100: run `demetar check`.")
+
+
+def _file_sha256(path: str) -> str:
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"Cannot read {path!r}: {error.strerror}. Set config.data.path to a file of molecules."
+        ) from error
+
+
+# --- one row, in a worker ------------------------------------------------------------------------
+
+
+def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
+    """What a part keeps of a row: a refusal, or a molecule with its labels and keys."""
+    file, row = item
+    labels = np.array([_label(row, column) for column in request.targets])
+    made = make_molecule(row, request.geometry)
+    node_labels = {
+        column.name: np.asarray(row.node_columns[column.name], np.float64)
+        for column in request.targets
+        if column.name in row.node_columns
+    }
+    if isinstance(made, Molecule):
+        for name, values in node_labels.items():
+            if len(values) != (atoms := len(made.atomic_numbers)):
+                message = f"{name} has {len(values)} numbers for {atoms} atoms: give one for each."
+                made = Refusal("bad_row", message)
+    found = {"number": row.number, "file": file, "made": made}
+    if isinstance(made, Refusal):
+        return found
+    text = lambda column: str(row.columns.get(column, "")) if column else ""
+    return found | {
+        "labels": labels,
+        "node_labels": node_labels,
+        "identity": identity_key(made),
+        "scaffold": scaffold(made),
+        "group": text(request.group),
+        "part": text(request.part),
+    }
+
+
+def _label(row: Row, column: Column) -> float:
+    """A number; NaN where the cell is blank."""
+    value = row.columns.get(column.name)
+    if value is None or (isinstance(value, str) and value.strip().lower() in _BLANK):
+        return math.nan
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.inf
+    if math.isinf(number):
+        raise UserError(
+            f"Row {row.number}: {column.name} is {value!r}, which is no finite number. Correct it, "
+            "or leave the cell blank where there is no label."
+        )
+    return number
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
+    parts.mkdir(exist_ok=True)
+    done = len(list(parts.glob("[0-9]*.npz")))  # written in order, each whole or absent
+    rows = itertools.islice(_rows(request.paths, request.smiles), done * ROWS_OF_A_PART, None)
+    made = tqdm(
+        map_rows(functools.partial(_prepare_row, request), rows),
+        "Preparing molecules",
+        unit=" rows",
+        initial=done * ROWS_OF_A_PART,
+    )
+    for number in itertools.count(done):
+        if not (chunk := list(itertools.islice(made, ROWS_OF_A_PART))):
+            break
+        building = parts / f"building-{number:06}.npz"
+        np.savez(building, **_columns(request, chunk, 1 + number * ROWS_OF_A_PART))
+        building.rename(parts / f"{number:06}.npz")
+    arrays, refused = _joined(sorted(parts.glob("[0-9]*.npz")), request)
+    write(folder, arrays, _passport(request, hashes, arrays, refused))
+    shutil.rmtree(parts)
+
+
+def _rows(paths: tuple[str, ...], smiles: str) -> Iterator[tuple[int, Row]]:
+    for file, path in enumerate(paths):
+        for row in read_rows(path, smiles_column=smiles):
+            yield file, row
+
+
+def _columns(request: Request, chunk: list[dict], first: int) -> dict[str, np.ndarray]:
+    """The arrays of one part; `first` is the index of its first row."""
+    kept = [(first + k, row) for k, row in enumerate(chunk) if isinstance(row["made"], Molecule)]
+    refused = [row for row in chunk if isinstance(row["made"], Refusal)]
+    molecules = [row["made"] for _, row in kept]
+    field = lambda name, dtype: np.array([getattr(m, name) for m in molecules], dtype)
+    joined = lambda name, empty: np.concatenate([empty, *(getattr(m, name) for m in molecules)])
+    columns = {
+        "index": np.array([index for index, _ in kept], np.int32),
+        "number": np.array([row["number"] for _, row in kept], np.int32),
+        "file": np.array([row["file"] for _, row in kept], np.uint8),
+        "nodes": np.array([len(m.atomic_numbers) for m in molecules], np.int64),
+        "edges": np.array([len(m.bonds) for m in molecules], np.int64),
+        "atomic_number": joined("atomic_numbers", np.zeros(0, np.uint8)),
+        "position": joined("positions", np.zeros((0, 3), np.float32)),
+        "bonds": joined("bonds", np.zeros((0, 3), np.uint16)),
+        "charge": field("charge", np.int8),
+        "multiplicity": field("multiplicity", np.int16),
+        "bonds_from": field("bonds_from", np.str_),
+        "notes": np.array(["; ".join(m.notes) for m in molecules], np.str_),
+        "labels": np.array([row["labels"] for _, row in kept]).reshape(
+            len(kept), len(request.targets)
+        ),
+        "refused_file": np.array([row["file"] for row in refused], np.uint8),
+        "refused_number": np.array([row["number"] for row in refused], np.int32),
+        "refused_status": np.array([row["made"].status for row in refused], np.str_),
+        "refused_message": np.array([row["made"].message for row in refused], np.str_),
+    }
+    for name in _TEXTS:
+        columns[name] = np.array([row[name] for _, row in kept], np.str_)
+    for column in request.targets:
+        given = [row["node_labels"].get(column.name) for _, row in kept]
+        shapes = {values.shape[1:] for values in given if values is not None}
+        if len(shapes) == 1:  # some molecules may have none: NaN
+            blank = lambda m, shape=shapes.copy().pop(): np.full(
+                (len(m.atomic_numbers), *shape), np.nan
+            )
+            pairs = zip(molecules, given, strict=True)
+            columns[f"node_{column.name}"] = np.concatenate(
+                [blank(m) if values is None else values for m, values in pairs]
+            )
+        elif shapes:
+            raise UserError(f"{column.name} has numbers and vectors of atoms in one file: choose.")
+    return columns
+
+
+def _joined(files: list[pathlib.Path], request: Request) -> tuple[dict[str, np.ndarray], dict]:
+    """All parts in one: arrays, and facts for the passport."""
+    parts = [dict(np.load(file, allow_pickle=False)) for file in files]
+    if not parts:
+        raise UserError(f"{', '.join(request.paths)} has no rows.")
+    node_columns = [c.name for c in request.targets if any(f"node_{c.name}" in p for p in parts)]
+    all_of = lambda name: np.concatenate([part[name] for part in parts])
+    offset = lambda counts: np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    arrays = {name: all_of(name) for name in ("index", "number", "file", "charge", "multiplicity")}
+    arrays |= {name: all_of(name) for name in ("atomic_number", "position", "bonds", "labels")}
+    arrays |= {"node_offset": offset(all_of("nodes")), "bond_offset": offset(all_of("edges"))}
+    for name in _TEXTS:
+        arrays[name] = np.unique(all_of(name), return_inverse=True)[1].astype(np.int64)
+    for name in node_columns:
+        shape = next(p[f"node_{name}"].shape[1:] for p in parts if f"node_{name}" in p)
+        blank = lambda part, shape=shape: np.full((int(part["nodes"].sum()), *shape), np.nan)
+        columns = [part.get(f"node_{name}", None) for part in parts]
+        pairs = zip(parts, columns, strict=True)
+        arrays[f"node_{name}"] = np.concatenate([blank(p) if c is None else c for p, c in pairs])
+    facts = {
+        "parts": sorted(set(all_of("part").tolist())),
+        "bonds_from": dict(Counter(all_of("bonds_from").tolist())),
+        "notes": dict(Counter(n for n in all_of("notes").tolist() if n).most_common(10)),
+        "refused": dict(Counter(all_of("refused_status").tolist())),
+        "refused_rows": [
+            [int(file), int(number), message]
+            for file, number, message in zip(
+                all_of("refused_file"), all_of("refused_number"), all_of("refused_message")
+            )
+        ][:1_000],
+        "node_columns": node_columns,
+    }
+    return arrays, facts
+
+
+def _passport(request: Request, hashes: list[str], arrays: dict, facts: dict) -> dict:
+    """What these data are: files, counts, units, hashes. Goes into every run's config.json."""
+    sizes = [os.stat(path).st_size for path in request.paths]
+    elements, counts = np.unique(arrays["atomic_number"], return_counts=True)
+    content = hashlib.sha256(arrays["index"].astype("<i4").tobytes())
+    for name, kind in (
+        ("node_offset", "<i8"),
+        ("atomic_number", "u1"),
+        ("position", "<f4"),
+        ("labels", "<f4"),
+    ):
+        content.update(arrays[name].astype(kind).tobytes())
+    return {
+        "dataset": "molecules",
+        "preparation_version": _PREPARATION_VERSION,
+        "sources": [
+            {"name": pathlib.Path(path).name, "bytes": size, "sha256": digest}
+            for path, size, digest in zip(request.paths, sizes, hashes, strict=True)
+        ],
+        "geometry": request.geometry,
+        "molecules": len(arrays["index"]),
+        "atoms": len(arrays["atomic_number"]),
+        "bonds": len(arrays["bonds"]),
+        "elements": {symbols()[z]: int(n) for z, n in zip(elements, counts, strict=True)},
+        "charges": {
+            str(c): int((arrays["charge"] == c).sum()) for c in np.unique(arrays["charge"])
+        },
+        "units": {"position": "angstrom"} | {c.name: c.unit for c in request.targets},
+        "content_sha256": content.hexdigest(),
+        "bonds_sha256": hashlib.sha256(arrays["bonds"].tobytes()).hexdigest(),
+    } | facts
