@@ -1,5 +1,7 @@
 """QM9: 130,831 small molecules of H, C, N, O and F, with fifteen properties."""
 
+from collections.abc import Mapping
+
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets, training_mean
 from data_pipelines.edges import build_edges
@@ -7,6 +9,7 @@ from data_pipelines.qm9 import node_features as atoms
 from data_pipelines.qm9 import preparation
 from data_pipelines.qm9.properties import ELEMENTS, get_properties, labels
 from data_pipelines.qm9.splits import get_split
+from data_pipelines.scattering import features
 
 DEFAULTS = {
     "source": "qm9pack",  # qm9pack | raw | tfds | sample
@@ -16,6 +19,8 @@ DEFAULTS = {
     "edges": "cutoff",  # bonds | cutoff (all pairs within edge_cutoff, and bonds) | complete
     "edge_cutoff": 3.0,  # angstrom, for cutoff
     "node_features": "none",  # none | pyg (PyTorch Geometric's 11 of each atom)
+    "graph_features": "none",  # none | scattering (of each molecule, computed once)
+    "scattering": dict(features.DEFAULTS),  # what scattering is made with
 }
 
 
@@ -28,6 +33,8 @@ def load(
     edges,
     edge_cutoff,
     node_features: str = "none",
+    graph_features: str = "none",
+    scattering: Mapping = features.DEFAULTS,
     cache_dir: str = "",
     buckets=(),
 ) -> Dataset:
@@ -46,6 +53,9 @@ def load(
         edges=edge_rows,
         graph_labels=graph_labels,
         node_feature=atoms.load(node_features, source, path, cache_dir),
+        graph_feature=features.load(
+            graph_features, scattering, molecules, parts["train"], cache_dir
+        ),
     )
     bonds = passport["smiles_and_geometry"]
     about = {

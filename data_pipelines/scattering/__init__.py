@@ -1,0 +1,1 @@
+"""Scattering coefficients of molecules: features of whole graphs."""
