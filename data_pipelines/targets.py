@@ -15,8 +15,10 @@ READOUTS = {
     "cls": "graph",  # from the [CLS] token
     "sum": "graph",  # sum over nodes
     "mean": "graph",  # mean over nodes
+    "max": "graph",  # largest over nodes, of each feature
     "node": "node",  # a number of each node
     "position": "node",  # where each node will be: three numbers that turn with the input
+    "velocity": "node",  # how each node will move then: they turn as well, but do not shift
 }
 NORMALIZATIONS = (
     "standard",  # mean and standard deviation over the training labels
@@ -50,11 +52,17 @@ class Target:
     def __post_init__(self):
         check_known(f"read-out of target {self.name!r}:", self.readout, READOUTS)
         check_known(f"normalization of target {self.name!r}:", self.normalization, NORMALIZATIONS)
-        if self.readout == "position" and self.normalization != "none":
+        if self.is_vector and self.normalization != "none":
+            what = {"position": "positions", "velocity": "velocities"}[self.readout]
             raise UserError(
-                f"Target {self.name!r} is read out as positions, but its normalization is "
+                f"Target {self.name!r} is read out as {what}, but its normalization is "
                 f"{self.normalization!r}: only 'none' keeps the symmetries."
             )
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether every node has three numbers that turn with the input."""
+        return self.readout in ("position", "velocity")
 
     @property
     def per_node(self) -> bool:

@@ -20,6 +20,8 @@ from demetar.models.et import Et
 from demetar.models.lieconv import LieConv
 from demetar.models.nmp import Nmp
 from demetar.models.schnet import Schnet
+from demetar.models.se3_transformer import Se3Transformer
+from demetar.models.tfn import Tfn
 
 MODELS: dict[str, type[GraphModel]] = {
     "demetar": Demetar,
@@ -30,6 +32,8 @@ MODELS: dict[str, type[GraphModel]] = {
     "linear": Linear,
     "deep_set": DeepSet,
     "set_transformer": SetTransformer,
+    "se3_transformer": Se3Transformer,
+    "tfn": Tfn,
     "schnet": Schnet,
     "nmp": Nmp,
     "cormorant": Cormorant,

@@ -10,8 +10,8 @@ from data_pipelines.errors import UserError, check_known
 from data_pipelines.graph import Array, Graph
 from data_pipelines.targets import Target
 
-# What `symmetries` may name: positions turn, reflect and shift with the input, and all other
-# targets stay; nodes may come in any order.
+# What `symmetries` may name: positions turn, reflect and shift with the input, velocities turn and
+# reflect, and all other targets stay; nodes may come in any order.
 SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
 
 
@@ -62,11 +62,12 @@ class GraphModel(nn.Module):
         """Refuses options that do not fit each other; a subclass extends it."""
         for option, known in self.CHOICES.items():
             check_known(f"config.model.{option}", getattr(self, option), known)
-        if len(positions := self.names("position")) > 1:
-            raise UserError(
-                f"A model predicts positions at one time, but the targets are {positions}: "
-                "choose one."
-            )
+        for readout, plural in (("position", "positions"), ("velocity", "velocities")):
+            if len(names := self.names(readout)) > 1:
+                raise UserError(
+                    f"A model predicts {plural} at one time, but the targets are {names}: "
+                    "choose one."
+                )
         width, heads = getattr(self, "width", 1), getattr(self, "num_heads", 1)
         if width % heads:
             raise UserError(
@@ -93,3 +94,8 @@ class GraphModel(nn.Module):
     def position(self) -> str | None:
         """The target that is read out as positions, if any."""
         return next(iter(self.names("position")), None)
+
+    @property
+    def velocity(self) -> str | None:
+        """The target that is read out as velocities, if any."""
+        return next(iter(self.names("velocity")), None)
