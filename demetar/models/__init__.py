@@ -22,6 +22,7 @@ from demetar.models.nmp import Nmp
 from demetar.models.schnet import Schnet
 from demetar.models.se3_transformer import Se3Transformer
 from demetar.models.tfn import Tfn
+from demetar.models.wavescatt import WaveScatt
 
 MODELS: dict[str, type[GraphModel]] = {
     "demetar": Demetar,
@@ -37,6 +38,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "schnet": Schnet,
     "nmp": Nmp,
     "cormorant": Cormorant,
+    "wavescatt": WaveScatt,
 }
 DTYPES = ("float32", "bfloat16", "float64")
 
