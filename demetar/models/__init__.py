@@ -16,6 +16,7 @@ from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
 from demetar.models.e3 import DemetarE3
 from demetar.models.egnn import Egnn
+from demetar.models.equiformer import Equiformer
 from demetar.models.et import Et
 from demetar.models.lieconv import LieConv
 from demetar.models.nmp import Nmp
@@ -38,6 +39,7 @@ MODELS: dict[str, type[GraphModel]] = {
     "schnet": Schnet,
     "nmp": Nmp,
     "cormorant": Cormorant,
+    "equiformer": Equiformer,
     "wavescatt": WaveScatt,
 }
 DTYPES = ("float32", "bfloat16", "float64")
