@@ -1,0 +1,91 @@
+"""NPZ: arrays in a zip file, each read as a stream beside the others. No pickle."""
+
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from data_pipelines.errors import UserError
+from data_pipelines.molecules.readers import members
+from data_pipelines.molecules.readers.fields import Damaged
+from data_pipelines.molecules.record import Row
+
+
+def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
+    """Rows of all molecules; the layouts are those of `members`."""
+    del smiles_column
+    with _open(path) as archive:
+        yield from members.rows(_members(archive, path), 1, str(path))
+
+
+def columns(path: pathlib.Path) -> tuple[str, ...]:
+    """Names of the arrays with one value for each molecule."""
+    with _open(path) as archive:
+        return members.columns(_members(archive, path), str(path))
+
+
+def count(path: pathlib.Path) -> int | None:
+    """Molecules, by the shapes of the arrays."""
+    with _open(path) as archive:
+        found = _members(archive, path)
+        return members.count(found) if members.find(found, members.POSITIONS) else None
+
+
+def _open(path: pathlib.Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise Damaged(f"{error}; it may be cut off") from error
+
+
+def _members(archive: zipfile.ZipFile, path: pathlib.Path) -> dict[str, members.Member]:
+    return {
+        name.removesuffix(".npy"): _Stored(archive, name, path)
+        for name in archive.namelist()
+        if name.endswith(".npy")
+    }
+
+
+class _Stored(members.Member):
+    """An array in a zip file."""
+
+    def __init__(self, archive: zipfile.ZipFile, name: str, path: pathlib.Path):
+        try:
+            self._stream = archive.open(name)
+            version = np.lib.format.read_magic(self._stream)
+            headers = np.lib.format
+            read_header = (
+                headers.read_array_header_1_0
+                if version == (1, 0)
+                else headers.read_array_header_2_0
+            )
+            self.shape, fortran, self.dtype = read_header(self._stream)
+        except (ValueError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            raise Damaged(f"{name}: {error}") from error
+        if self.dtype.hasobject:
+            raise UserError(
+                f"{path}: {name} holds Python objects, which only unpickling could read, and that "
+                "would execute what is in the file. Save it as an array of numbers or of text."
+            )
+        self._name, self._whole = name, None
+        if fortran and len(self.shape) > 1:  # its rows do not lie together
+            self._whole = self._read(self.shape[::-1]).T
+        self._taken = 0
+
+    def take(self, count: int) -> np.ndarray:
+        if self._whole is None:
+            return self._read((count, *self.shape[1:]))
+        self._taken += count
+        return self._whole[self._taken - count : self._taken]
+
+    def _read(self, shape: tuple[int, ...]) -> np.ndarray:
+        size = int(np.prod(shape)) * self.dtype.itemsize
+        try:
+            data = self._stream.read(size)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise Damaged(f"{self._name}: {error}") from error
+        if len(data) < size:
+            raise Damaged(f"{self._name} ends too early")
+        return np.frombuffer(data, self.dtype).reshape(shape)

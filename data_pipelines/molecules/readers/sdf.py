@@ -1,0 +1,154 @@
+"""SDF: cut into records at `$$$$`; each record is then parsed by RDKit, anywhere.
+
+A record keeps its text, so that it can be written out as it was.
+
+Two-dimensional records (all z are 0, and the header does not say 3D) have a SMILES and no
+positions. A record that lacks hydrogens keeps the positions that the file gives: its SMILES has
+more hydrogens than its atoms, and `row.text` can be parsed again to add them.
+"""
+
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from data_pipelines.bonds import BondType
+from data_pipelines.molecules.readers.fields import (
+    charge_and_multiplicity,
+    clean,
+    open_text,
+    union,
+)
+from data_pipelines.molecules.record import Refusal, Row
+
+_CHUNK = 1 << 20  # characters read at a time
+_END = re.compile(r"^\$\$\$\$[^\n]*(?:\n|\Z)", re.MULTILINE)
+_NAME = re.compile(r"^>[^\n<]*<([^\n]*)>[^\n]*$", re.MULTILINE)
+TITLE = "_Name"  # of the first line of a record, as RDKit calls it
+# Twice the order that RDKit gives -> type of the edge.
+_TYPE_OF_TWICE_ORDER = np.zeros(7, np.uint16)
+_TYPE_OF_TWICE_ORDER[[2, 3, 4, 6]] = (
+    BondType.SINGLE,
+    BondType.AROMATIC,
+    BondType.DOUBLE,
+    BondType.TRIPLE,
+)
+
+
+def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
+    """Rows with a number and the text of the record, without its `$$$$`."""
+    del smiles_column  # a record has its own bonds
+    number = 0
+    for number, (text, whole) in enumerate(_records(path), 1):
+        # A file with one molecule and no properties is a mol file: it ends without $$$$.
+        if whole or (number == 1 and "\nM  END" in text and "\n>" not in text):
+            yield Row(number, text=text)
+        else:
+            message = "the file ends within this record, before its $$$$: it is cut off"
+            yield Row(number, text=text, refusal=Refusal("bad_row", message))
+
+
+def columns(path: pathlib.Path) -> tuple[str, ...]:
+    """Names of all properties in the file; reads it."""
+    return union(properties(text) for text, _ in _records(path))
+
+
+def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
+    """(Text of a record, whether its `$$$$` came)."""
+    with open_text(path) as stream:
+        rest = ""
+        while chunk := stream.read(_CHUNK):
+            # The last line may go on in the next chunk.
+            complete = chunk.rfind("\n") + 1
+            if not complete:
+                rest += chunk
+                continue
+            *records, last = _END.split(rest + chunk[:complete])
+            yield from ((record, True) for record in records)
+            rest = last + chunk[complete:]
+        *records, last = _END.split(rest)
+        yield from ((record, True) for record in records)
+        if last.strip():
+            yield last, False
+
+
+def parse(row: Row) -> Row:
+    """The whole row of one that has only a number and a text."""
+    return row if row.refusal else parse_sdf_block(row.number, row.text)
+
+
+def parse_sdf_block(number: int, text: str) -> Row:
+    """The row of one record.
+
+    Args:
+      number: of the row.
+      text: of the record, without its `$$$$`.
+    """
+    named = properties(text)
+    try:
+        found = _molecule(text)
+    except Exception as error:  # RDKit's own, of several classes
+        message = f"RDKit cannot read the record: {' '.join(str(error).split())}"
+        return Row(number, named, text=text, refusal=Refusal("bad_row", message))
+    charge, multiplicity = charge_and_multiplicity(named)
+    return Row(
+        number,
+        named,
+        smiles=found["smiles"],
+        atomic_numbers=found["atomic_numbers"],
+        positions=found["positions"],
+        bonds=found["bonds"],
+        # The bonds say it, unless the record states it.
+        charge=found["charge"] if charge is None else charge,
+        multiplicity=multiplicity,
+        text=text,
+    )
+
+
+def properties(text: str) -> dict[str, str | None]:
+    """The named values of a record, and its title if it has one."""
+    title = text.partition("\n")[0].strip()
+    found: dict[str, str | None] = {TITLE: title} if title else {}
+    start = text.find("\n>", max(text.find("\nM  END"), 0))
+    if start < 0:
+        return found
+    _, *parts = _NAME.split(text[start + 1 :])
+    for name, value in zip(parts[::2], parts[1::2], strict=True):
+        found[name] = value.strip("\n") or None
+    return found
+
+
+def _molecule(text: str) -> dict:
+    """What RDKit reads of a record; raises what it raises."""
+    from rdkit import Chem, rdBase  # slow to import
+
+    end = text.find("M  END")
+    if end < 0:
+        raise ValueError("it has no 'M  END'")
+    block = clean(text[: end + 7])
+    with rdBase.BlockLogs():
+        molecule = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        if molecule is None:
+            raise ValueError("its table of atoms and bonds is not as the format says")
+        Chem.SanitizeMol(molecule)
+        positions = molecule.GetConformer().GetPositions()
+        flat = not positions[:, 2].any()
+        if flat and "3D" not in block.split("\n", 2)[1][20:22]:
+            positions = None
+            Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
+        else:
+            Chem.AssignStereochemistryFrom3D(molecule)
+        smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule, sanitize=False))
+    order = np.triu(Chem.GetAdjacencyMatrix(molecule, useBO=True))
+    i, j = np.nonzero(order)
+    twice = (2 * order[i, j]).astype(int)
+    if twice.max(initial=0) > 6 or not _TYPE_OF_TWICE_ORDER[twice].all():
+        raise ValueError("a bond is neither single, double, triple nor aromatic")
+    return {
+        "atomic_numbers": np.array([a.GetAtomicNum() for a in molecule.GetAtoms()], int),
+        "positions": positions,
+        "bonds": np.stack([i, j, _TYPE_OF_TWICE_ORDER[twice]], axis=1).astype(int),
+        "charge": Chem.GetFormalCharge(molecule),
+        "smiles": smiles,
+    }

@@ -1,0 +1,98 @@
+"""xyz and extended xyz: cut into frames by their first lines; each is then parsed by ase, anywhere.
+
+A frame keeps its text, so that it can be written out as it was.
+"""
+
+import functools
+import io
+import itertools
+import pathlib
+from collections.abc import Iterator
+
+from data_pipelines.molecules.readers.ase_files import row_of_atoms
+from data_pipelines.molecules.readers.fields import Damaged, clean, open_text, union
+from data_pipelines.molecules.record import Refusal, Row
+
+_SHOWN = 30  # characters of a line in a message
+
+
+def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
+    """Rows with a number and the text of the frame."""
+    del smiles_column
+    for number, text in enumerate(_frames(path), 1):
+        yield Row(number, text=text)
+
+
+def columns(path: pathlib.Path) -> tuple[str, ...]:
+    """Names of all values of whole frames; reads the file."""
+    from ase.io.extxyz import key_val_str_to_dict
+
+    own = {"Properties", "Lattice", "pbc"}
+    comments = (text.split("\n", 2)[1].strip() for text in _frames(path))
+    return union(key_val_str_to_dict(clean(c)).keys() - own if c else () for c in comments)
+
+
+def parse(row: Row) -> Row:
+    """The whole row of one that has only a number and a text."""
+    if row.refusal:
+        return row
+    try:
+        atoms = _read_atoms(clean(row.text))
+    except Exception as error:  # ase raises what its parsers meet, of any class
+        lines = row.text.split("\n")
+        message = (
+            f"ase cannot read the frame that begins {lines[0].strip()!r}, "
+            f"{lines[1][:_SHOWN]!r}: {type(error).__name__}: {error}"
+        )
+        return Row(row.number, text=row.text, refusal=Refusal("bad_row", message))
+    return row_of_atoms(row.number, atoms, row.text)
+
+
+@functools.lru_cache(maxsize=16)
+def read_first(path: pathlib.Path) -> Row:
+    """The first frame of a file, as a row with number 1; what is wrong is its refusal."""
+    refuse = lambda message: Row(1, refusal=Refusal("bad_row", message))
+    if not path.is_file():
+        return refuse("there is no such file beside the table: correct the path")
+    try:
+        for text in _frames(path):
+            return parse(Row(1, text=text))
+    except Damaged as damage:
+        return refuse(str(damage))
+    return refuse("the file is empty")
+
+
+def _frames(path: pathlib.Path) -> Iterator[str]:
+    with open_text(path) as stream:
+        place = 0
+        for first in stream:
+            place += 1
+            if not first.strip():
+                continue  # blank lines between frames
+            try:
+                atoms = int(first)
+            except ValueError as error:
+                shown = first.strip()[:_SHOWN]
+                raise Damaged(
+                    f"line {place} should be the number of atoms of a frame, but is {shown!r}"
+                ) from error
+            lines = list(itertools.islice(stream, atoms + 1))
+            if len(lines) < atoms + 1:
+                raise Damaged(
+                    f"the file ends within the frame of line {place}: it has "
+                    f"{max(len(lines) - 1, 0)} of {atoms} atoms"
+                )
+            place += atoms + 1
+            yield "".join([first, *lines])
+
+
+def _read_atoms(text: str):
+    """ase's atoms of one frame; a comment that is no extended xyz is left alone."""
+    import ase.io
+
+    try:
+        return ase.io.read(io.StringIO(text), index=0, format="extxyz")
+    except Exception:
+        if "Properties=" in text.split("\n", 2)[1]:
+            raise
+        return ase.io.read(io.StringIO(text), index=0, format="xyz")
