@@ -30,7 +30,7 @@ from demetar.models.spherical import clebsch_gordan, spherical_harmonics
 Features = Mapping[int, Array]  # degree l -> [N, 2 l + 1, C]
 HIDDEN = 32  # width of the radial networks
 NUM_BONDS = 4
-# (J, k, l) where the official code's numerical null space has the other sign than the rest.
+# (J, l, k) where the official code's numerical null space has the other sign than the rest.
 _NEGATIVE = {(1, 1, 1), (2, 1, 1), (2, 1, 2), (3, 1, 2), (3, 2, 1), (2, 2, 2), (3, 2, 2)}
 
 
@@ -138,7 +138,7 @@ def pairs_of(graph: Graph, num_degrees: int, dtype) -> Pairs:
 
 def _coupling(start: int, k: int, order: int) -> np.ndarray:
     """Q_J with the official code's sign of it and of Y_J, `[2 k + 1, 2 l + 1, 2 J + 1]`."""
-    sign = -1 if (order, k, start) in _NEGATIVE else 1
+    sign = -1 if (order, start, k) in _NEGATIVE else 1
     return sign * (-1) ** (start + k) * clebsch_gordan(k, start, order)
 
 

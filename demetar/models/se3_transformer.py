@@ -80,7 +80,7 @@ class Se3Transformer(eq.EquivariantModel):
         if moves:
             vectors = len(self.vector_targets)
             last = Attention(
-                {1: vectors}, vectors, 1, self.dtype, add_relative=True, attentive=True,
+                {1: vectors}, vectors, min(self.num_heads, vectors), self.dtype, add_relative=True, attentive=True,
                 name="last",
             )  # fmt: skip
             vector_Nx3xT = last(features, pairs)[1]

@@ -31,7 +31,7 @@ class Tfn(eq.EquivariantModel):
     Attributes:
       elements: atomic numbers of the data.
       width: channels of each degree.
-      num_layers: layers of molecules, the last one with scalars alone; particles have one more.
+      num_layers: layers, the last one with those channels alone that predictions need.
       num_degrees: degrees 0 .. num_degrees - 1.
       dtype: of features; positions are float32 or wider.
     """
@@ -55,7 +55,7 @@ class Tfn(eq.EquivariantModel):
         else:
             features = eq.atom_features(graph, self.elements, self.dtype)
             last = {0: self.width * self.num_degrees}
-        for number in range(self.num_layers if moves else self.num_layers - 1):
+        for number in range(self.num_layers - 1):
             layer = Convolution(all_degrees, not moves, self.dtype, name=f"layer_{number}")
             norm = eq.NormNonlinearity(moves, self.dtype, name=f"norm_{number}")
             features = norm(layer(features, pairs))

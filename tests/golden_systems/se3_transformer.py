@@ -8,10 +8,10 @@ from golden_systems.tfn import (
     layers,
     mix,
     model_of,
-    molecules_targets,
     norm,
     particles,
     perceptron,
+    targets_of,
     vectors,
 )
 
@@ -46,11 +46,9 @@ def official(params, golden, meta):
 
 def model(golden, meta):
     options = meta["options"]
-    pooling = {"avg": "mean", "max": "max"}
-    targets = VECTORS if "velocity" in golden else molecules_targets(pooling[options["pooling"]])
     return model_of(
         "se3_transformer",
-        targets,
+        targets_of(golden, meta),
         width=options["num_channels"],
         num_layers=options["num_layers"],
         num_degrees=options["num_degrees"],

@@ -15,7 +15,11 @@ VECTORS = (
 )
 
 
-def molecules_targets(readout="mean"):
+def targets_of(golden, meta):
+    """Vectors of particles; or one number, pooled as the options say (their TFN: always `max`)."""
+    if "velocity" in golden:
+        return VECTORS
+    readout = {"avg": "mean", "max": "max"}[meta["options"].get("pooling", "max")]
     return (Target("output", "1", readout=readout, normalization="none"),)
 
 
@@ -138,26 +142,20 @@ def official(block, head=None):
     return names
 
 
-def model(targets):
-    def of_options(golden, meta):
-        options = meta["options"]
-        return model_of(
-            "tfn", targets, width=options["num_channels"], num_layers=options["num_layers"],
-            num_degrees=options["num_degrees"],
-        )  # fmt: skip
-
-    return of_options
+def model(golden, meta):
+    options = meta["options"]
+    return model_of(
+        "tfn",
+        targets_of(golden, meta),
+        width=options["num_channels"],
+        num_layers=options["num_layers"],
+        num_degrees=options["num_degrees"],
+    )
 
 
 SYSTEMS = {
-    "tfn": System(
-        model=model(molecules_targets()), official=official("block0", "block2"), layers=layers
-    ),
+    "tfn": System(model=model, official=official("block0", "block2"), layers=layers),
     "tfn_nbody": System(
-        model=model(VECTORS),
-        official=official("Gblock"),
-        layers=layers,
-        batch=particles,
-        output=vectors,
+        model=model, official=official("Gblock"), layers=layers, batch=particles, output=vectors
     ),
 }
