@@ -61,9 +61,11 @@ def charge_and_multiplicity(columns: Mapping[str, Any]) -> tuple[int | None, int
 
 def _whole_number(columns: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     for name in names:
+        if name not in columns:
+            continue
         try:
             value = float(columns[name])
-        except (KeyError, TypeError, ValueError):
+        except (TypeError, ValueError):
             continue
         if value.is_integer():
             return int(value)

@@ -140,15 +140,18 @@ def _molecule(text: str) -> dict:
         else:
             Chem.AssignStereochemistryFrom3D(molecule)
         smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule, sanitize=False))
-    order = np.triu(Chem.GetAdjacencyMatrix(molecule, useBO=True))
+    order = Chem.GetAdjacencyMatrix(molecule, useBO=True)
     i, j = np.nonzero(order)
+    i, j = i[i < j], j[i < j]
     twice = (2 * order[i, j]).astype(int)
     if twice.max(initial=0) > 6 or not _TYPE_OF_TWICE_ORDER[twice].all():
         raise ValueError("a bond is neither single, double, triple nor aromatic")
+    atom = molecule.GetAtomWithIdx
     return {
-        "atomic_numbers": np.array([a.GetAtomicNum() for a in molecule.GetAtoms()], int),
+        # Not over GetAtoms(), whose items cost three times as much.
+        "atomic_numbers": np.array([atom(k).GetAtomicNum() for k in range(len(order))], int),
         "positions": positions,
-        "bonds": np.stack([i, j, _TYPE_OF_TWICE_ORDER[twice]], axis=1).astype(int),
+        "bonds": np.array([i, j, _TYPE_OF_TWICE_ORDER[twice]]).T.astype(int),
         "charge": Chem.GetFormalCharge(molecule),
         "smiles": smiles,
     }
