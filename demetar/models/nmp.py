@@ -80,7 +80,7 @@ class Nmp(GraphModel):
         if authors:
             h_NxD = _filled_up(f_NxF, self.width)
         else:
-            h_NxD = nn.relu(_torch_linear(self.width, f_NxF, "embedding")(f_NxF))
+            h_NxD = nn.relu(_torch_linear(self.width, f_NxF, "atom_embedding")(f_NxF))
         edges = lambda name: _EdgeNetwork(
             self.width, self.edge_width, self.edge_layers, authors, dtype, name=name
         )(graph)
@@ -95,8 +95,9 @@ class Nmp(GraphModel):
         for _ in range(self.rounds):
             h_NxD = update(message(h_NxD, pairs), h_NxD)
         read_NxW = jnp.concatenate([h_NxD, f_NxF], axis=-1) if authors else h_NxD
-        y_1xW = read_out(read_NxW, graph.node_mask)[None]
-        linear = _glorot_linear if authors else _torch_linear
+        read_W = read_out(read_NxW, graph.node_mask)
+        self.keep_embedding(lambda: read_W)
+        linear, y_1xW = _glorot_linear if authors else _torch_linear, read_W[None]
         for number in range(self.output_layers):
             y_1xW = nn.relu(linear(self.output_width, y_1xW, f"output_{number}")(y_1xW))
         y_T = linear(len(self.targets), y_1xW, "output")(y_1xW)[0].astype(graph.position.dtype)
@@ -216,11 +217,11 @@ class _TanhSet2Set(nn.Module):
     @nn.compact
     def __call__(self, x_NxW: Array, mask_N: Array) -> Array:
         width, dtype = x_NxW.shape[-1], x_NxW.dtype
-        s_NxW = _glorot_linear(width, x_NxW, "keys", use_bias=False)(x_NxW)
+        s_NxW = _glorot_linear(width, x_NxW, "to_keys", use_bias=False)(x_NxW)
         state_1xW2, cell_1xW = _zeros(2 * width, mask_N, dtype), 0.0
         gates = _glorot_linear(width, state_1xW2, "gates", parts=4)
-        query = _glorot_linear(width, x_NxW, "query", use_bias=False)
-        logit = _glorot_linear(1, x_NxW, "logit", use_bias=False)
+        query = _glorot_linear(width, x_NxW, "to_query", use_bias=False)
+        logit = _glorot_linear(1, x_NxW, "to_logit", use_bias=False)
         for _ in range(self.steps):
             i, f, o, g = jnp.split(nn.sigmoid(gates(state_1xW2)), 4, axis=-1)
             cell_1xW = f * cell_1xW + i * jnp.tanh(g)

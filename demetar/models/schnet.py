@@ -25,7 +25,14 @@ import numpy as np
 from data_pipelines.errors import UserError
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
-from demetar.models.layers import Dense, Messages, cosine_cutoff, messages_of, safe_norm
+from demetar.models.layers import (
+    Dense,
+    Messages,
+    cosine_cutoff,
+    mean_of_nodes,
+    messages_of,
+    safe_norm,
+)
 
 _NUM_TYPES = 100  # rows of the published table: one for each atomic number, and row 0 for none
 
@@ -82,17 +89,18 @@ class Schnet(GraphModel):
         # A variance, not a deviation, of 1 / sqrt(D) in the first code.
         draw = nn.initializers.normal(self.width**-0.25 if first else 1.0)
         one_hot = jax.nn.one_hot(graph.atomic_number, _NUM_TYPES, dtype=self.dtype)
-        table = Dense(self.width, False, self.dtype, draw, name="embedding")
+        table = Dense(self.width, False, self.dtype, draw, name="atom_embedding")
         x_NxD = table(one_hot)
         for number in range(self.num_layers):
             layer = _Interaction(self.width, self.filter_width, first, name=f"layer_{number}")
             x_NxD = x_NxD + layer(x_NxD, basis_ExK, messages, fade_Mx1)
         last = nn.initializers.zeros if first else _xavier
         hidden_NxD2 = _ssp(_linear(self.width // 2, self.dtype, "readout_0")(x_NxD), first)
+        self.keep_embedding(lambda: mean_of_nodes(graph, hidden_NxD2))
         readout = Dense(len(self.targets), dtype=self.dtype, kernel_init=last, name="readout_1")
         y_NxT = readout(hidden_NxD2).astype(graph.position.dtype)
         sum_T = jnp.where(graph.node_mask[:, None], y_NxT, 0).sum(axis=0)
-        mean_T = sum_T / jnp.maximum(graph.node_mask.sum(), 1)
+        mean_T = mean_of_nodes(graph, y_NxT)
         return {
             target.name: (sum_T if target.readout == "sum" else mean_T)[number]
             for number, target in enumerate(self.targets)

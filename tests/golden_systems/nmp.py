@@ -1,6 +1,5 @@
 """NMP: the authors' code, and PyTorch Geometric's example."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from demetar.models.nmp import Nmp
@@ -60,9 +59,9 @@ def authors_weights(params, golden, meta):
     for suffix, w, u in zip(("_z", "_r", ""), of_input, of_state, strict=True):
         found |= {f"GRUUpdate/GRU_w{suffix}": w, f"GRUUpdate/GRU_u{suffix}": u}
     read, loop = params["set2set"], "Set2VecOutput/output_LSTMLoopAtt"
-    found["Set2VecOutput/att_W_1"] = read["keys"]["kernel"][None, None]
-    found[f"{loop}att_W_2"] = read["query"]["kernel"]
-    found[f"{loop}att_V"] = read["logit"]["kernel"]
+    found["Set2VecOutput/att_W_1"] = read["to_keys"]["kernel"][None, None]
+    found[f"{loop}att_W_2"] = read["to_query"]["kernel"]
+    found[f"{loop}att_V"] = read["to_logit"]["kernel"]
     kernels = np.split(read["gates"]["kernel"], 4, axis=1)
     biases = np.split(read["gates"]["bias"][None], 4, axis=1)
     for gate, kernel, bias in zip("ifoc", kernels, biases, strict=True):
@@ -88,7 +87,7 @@ def pyg_weights(params, golden, meta):
 
     edge, root = params["edge"], params["message"]["root"]
     return (
-        dense(params["embedding"], "lin0")
+        dense(params["atom_embedding"], "lin0")
         | dense(edge["hidden_0"], "conv.nn.0")
         | {"conv.nn.2.weight": _flat(edge["kernel"]).T, "conv.nn.2.bias": edge["bias"].reshape(-1)}
         | {"conv.lin.weight": root["kernel"].T, "conv.bias": root["bias"]}
@@ -107,9 +106,8 @@ def layers_of(names, rounds):
     """What modules return in each round: `{name in the file: module}`."""
 
     def layers(captured, predictions, batch, golden, meta):
-        real = lambda x: jnp.where(batch.node_mask[..., None], x, 0)
         found = {
-            f"{name}_{number}": real(intermediate(captured, path, number))
+            f"{name}_{number}": intermediate(captured, path, number)
             for name, path in names.items()
             for number in range(meta["options"][rounds])
         }

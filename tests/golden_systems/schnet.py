@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 
 from demetar.models.schnet import Schnet
@@ -79,7 +78,7 @@ def first_weights(params, golden, meta):
         names = {"kernel": f"SchNet/{theirs}/W", "bias": f"SchNet/{theirs}/b"}
         return {names[kind]: value for kind, value in ours.items()}
 
-    found = {"SchNet/atom_embedding/embeddings/W": params["embedding"]["kernel"]}
+    found = {"SchNet/atom_embedding/embeddings/W": params["atom_embedding"]["kernel"]}
     found |= dense(params["readout_0"], "Dense") | dense(params["readout_1"], "Dense_1")
     for number in range(meta["options"]["n_interactions"]):
         for ours, theirs in FIRST.items():
@@ -92,7 +91,7 @@ def second_weights(params, golden, meta):
         found = {f"{theirs}.weight": ours["kernel"].T}
         return found | ({f"{theirs}.bias": ours["bias"]} if "bias" in ours else {})
 
-    found = {"embedding.weight": params["embedding"]["kernel"]}
+    found = {"embedding.weight": params["atom_embedding"]["kernel"]}
     found |= dense(params["readout_0"], "lin1") | dense(params["readout_1"], "lin2")
     for number in range(meta["options"]["num_interactions"]):
         for ours, theirs in SECOND.items():
@@ -102,19 +101,18 @@ def second_weights(params, golden, meta):
 
 def first_layers(captured, predictions, batch, golden, meta):
     """Features after each block."""
-    x, found = intermediate(captured, "embedding"), {}
+    x, found = intermediate(captured, "atom_embedding"), {}
     for number in range(meta["options"]["n_interactions"]):
         x = x + intermediate(captured, f"layer_{number}")
-        found[f"layer_{number}"] = jnp.where(batch.node_mask[..., None], x, 0)
+        found[f"layer_{number}"] = x
     return found
 
 
 def second_layers(captured, predictions, batch, golden, meta):
     """What each block adds, the numbers of atoms, and the basis of pairs with the first atom."""
-    number_of = range(meta["options"]["num_interactions"])
-    real = lambda path: jnp.where(batch.node_mask[..., None], intermediate(captured, path), 0)
-    found = {f"layer_{number}": real(f"layer_{number}") for number in number_of}
-    found["atom"] = real("readout_1")
+    names = [f"layer_{number}" for number in range(meta["options"]["num_interactions"])]
+    found = {name: intermediate(captured, name) for name in names}
+    found["atom"] = intermediate(captured, "readout_1")
     position = golden["position"][0]
     distance = np.linalg.norm(position[batch.senders[0]] - position[batch.receivers[0]], axis=-1)
     inside = batch.edge_mask[0] & (distance < meta["options"]["cutoff"])
