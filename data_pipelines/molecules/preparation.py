@@ -15,7 +15,6 @@ import math
 import os
 import pathlib
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,6 +26,7 @@ from data_pipelines.molecules.geometry import GEOMETRIES
 from data_pipelines.molecules.identity import identity_key, scaffold
 from data_pipelines.molecules.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
+from data_pipelines.molecules.parts import columns_of_part, join
 from data_pipelines.molecules.readers import read_rows
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 from data_pipelines.molecules.units import Column
@@ -36,7 +36,6 @@ _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be
 ROWS_OF_A_PART = 2_048
 # What blank cells and missing numbers read as.
 _BLANK = ("", "nan", "na", "n/a", "none", "null")
-_TEXTS = ("identity", "scaffold", "group", "part")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +193,13 @@ def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pat
         if not (chunk := list(itertools.islice(made, ROWS_OF_A_PART))):
             break
         building = parts / f"building-{number:06}.npz"
-        np.savez(building, **_columns(request, chunk, 1 + number * ROWS_OF_A_PART))
+        np.savez(building, **columns_of_part(request.targets, chunk, 1 + number * ROWS_OF_A_PART))
         building.rename(parts / f"{number:06}.npz")
-    arrays, refused = _joined(sorted(parts.glob("[0-9]*.npz")), request)
-    write(folder, arrays, _passport(request, hashes, arrays, refused))
+    files = sorted(parts.glob("[0-9]*.npz"))
+    if not files:
+        raise UserError(f"{', '.join(request.paths)} has no rows.")
+    arrays, facts = join(files, request.targets)
+    write(folder, arrays, _passport(request, hashes, arrays, facts))
     shutil.rmtree(parts)
 
 
@@ -205,87 +207,6 @@ def _rows(paths: tuple[str, ...], smiles: str) -> Iterator[tuple[int, Row]]:
     for file, path in enumerate(paths):
         for row in read_rows(path, smiles_column=smiles):
             yield file, row
-
-
-def _columns(request: Request, chunk: list[dict], first: int) -> dict[str, np.ndarray]:
-    """The arrays of one part; `first` is the index of its first row."""
-    kept = [(first + k, row) for k, row in enumerate(chunk) if isinstance(row["made"], Molecule)]
-    refused = [row for row in chunk if isinstance(row["made"], Refusal)]
-    molecules = [row["made"] for _, row in kept]
-    field = lambda name, dtype: np.array([getattr(m, name) for m in molecules], dtype)
-    joined = lambda name, empty: np.concatenate([empty, *(getattr(m, name) for m in molecules)])
-    columns = {
-        "index": np.array([index for index, _ in kept], np.int32),
-        "number": np.array([row["number"] for _, row in kept], np.int32),
-        "file": np.array([row["file"] for _, row in kept], np.uint8),
-        "nodes": np.array([len(m.atomic_numbers) for m in molecules], np.int64),
-        "edges": np.array([len(m.bonds) for m in molecules], np.int64),
-        "atomic_number": joined("atomic_numbers", np.zeros(0, np.uint8)),
-        "position": joined("positions", np.zeros((0, 3), np.float32)),
-        "bonds": joined("bonds", np.zeros((0, 3), np.uint16)),
-        "charge": field("charge", np.int8),
-        "multiplicity": field("multiplicity", np.int16),
-        "bonds_from": field("bonds_from", np.str_),
-        "notes": np.array(["; ".join(m.notes) for m in molecules], np.str_),
-        "labels": np.array([row["labels"] for _, row in kept]).reshape(
-            len(kept), len(request.targets)
-        ),
-        "refused_file": np.array([row["file"] for row in refused], np.uint8),
-        "refused_number": np.array([row["number"] for row in refused], np.int32),
-        "refused_status": np.array([row["made"].status for row in refused], np.str_),
-        "refused_message": np.array([row["made"].message for row in refused], np.str_),
-    }
-    for name in _TEXTS:
-        columns[name] = np.array([row[name] for _, row in kept], np.str_)
-    for column in request.targets:
-        given = [row["node_labels"].get(column.name) for _, row in kept]
-        shapes = {values.shape[1:] for values in given if values is not None}
-        if len(shapes) == 1:  # some molecules may have none: NaN
-            blank = lambda m, shape=shapes.copy().pop(): np.full(
-                (len(m.atomic_numbers), *shape), np.nan
-            )
-            pairs = zip(molecules, given, strict=True)
-            columns[f"node_{column.name}"] = np.concatenate(
-                [blank(m) if values is None else values for m, values in pairs]
-            )
-        elif shapes:
-            raise UserError(f"{column.name} has numbers and vectors of atoms in one file: choose.")
-    return columns
-
-
-def _joined(files: list[pathlib.Path], request: Request) -> tuple[dict[str, np.ndarray], dict]:
-    """All parts in one: arrays, and facts for the passport."""
-    parts = [dict(np.load(file, allow_pickle=False)) for file in files]
-    if not parts:
-        raise UserError(f"{', '.join(request.paths)} has no rows.")
-    node_columns = [c.name for c in request.targets if any(f"node_{c.name}" in p for p in parts)]
-    all_of = lambda name: np.concatenate([part[name] for part in parts])
-    offset = lambda counts: np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    arrays = {name: all_of(name) for name in ("index", "number", "file", "charge", "multiplicity")}
-    arrays |= {name: all_of(name) for name in ("atomic_number", "position", "bonds", "labels")}
-    arrays |= {"node_offset": offset(all_of("nodes")), "bond_offset": offset(all_of("edges"))}
-    for name in _TEXTS:
-        arrays[name] = np.unique(all_of(name), return_inverse=True)[1].astype(np.int64)
-    for name in node_columns:
-        shape = next(p[f"node_{name}"].shape[1:] for p in parts if f"node_{name}" in p)
-        blank = lambda part, shape=shape: np.full((int(part["nodes"].sum()), *shape), np.nan)
-        columns = [part.get(f"node_{name}", None) for part in parts]
-        pairs = zip(parts, columns, strict=True)
-        arrays[f"node_{name}"] = np.concatenate([blank(p) if c is None else c for p, c in pairs])
-    facts = {
-        "parts": sorted(set(all_of("part").tolist())),
-        "bonds_from": dict(Counter(all_of("bonds_from").tolist())),
-        "notes": dict(Counter(n for n in all_of("notes").tolist() if n).most_common(10)),
-        "refused": dict(Counter(all_of("refused_status").tolist())),
-        "refused_rows": [
-            [int(file), int(number), message]
-            for file, number, message in zip(
-                all_of("refused_file"), all_of("refused_number"), all_of("refused_message")
-            )
-        ][:1_000],
-        "node_columns": node_columns,
-    }
-    return arrays, facts
 
 
 def _passport(request: Request, hashes: list[str], arrays: dict, facts: dict) -> dict:

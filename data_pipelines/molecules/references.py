@@ -42,8 +42,8 @@ def read(path: str, target: str, elements) -> dict[int, float]:
         given = {atomic_number(symbol): float(value) for symbol, value in table[target].items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"config.data.references ({path!r}) is not 'fit', not 'none', and no JSON file with the "
-            f'atoms of target {target!r} as {{"{target}": {{"H": -13.6}}}}: {error!r}.'
+            f"config.data.references ({path!r}) is neither 'fit' nor 'none' nor a JSON file with "
+            f'the atoms of target {target!r} as {{"{target}": {{"H": -13.6}}}}: {error!r}.'
         ) from error
     missing = [symbols()[z] for z in elements if z not in given]
     if missing:
