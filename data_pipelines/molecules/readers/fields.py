@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import pathlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,8 @@ def plain(value) -> Any:
         value = value.item()
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    return None if isinstance(value, str) and not value else value
+    blank = value == "" if isinstance(value, str) else np.size(value) == 0
+    return None if blank else value
 
 
 def charge_and_multiplicity(columns: Mapping[str, Any]) -> tuple[int | None, int | None]:
@@ -72,6 +73,6 @@ def _whole_number(columns: Mapping[str, Any], names: tuple[str, ...]) -> int | N
     return None
 
 
-def union(names: Iterator) -> tuple[str, ...]:
+def union(names: Iterable) -> tuple[str, ...]:
     """The different names among lists of names, in the order in which they are first met."""
     return tuple(dict.fromkeys(name for row in names for name in row))

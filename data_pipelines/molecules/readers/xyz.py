@@ -28,8 +28,20 @@ def columns(path: pathlib.Path) -> tuple[str, ...]:
     from ase.io.extxyz import key_val_str_to_dict
 
     own = {"Properties", "Lattice", "pbc"}
-    comments = (text.split("\n", 2)[1].strip() for text in _frames(path))
-    return union(key_val_str_to_dict(clean(c)).keys() - own if c else () for c in comments)
+    found = []
+    for text in _frames(path):
+        comment = clean(text.split("\n", 2)[1])
+        if is_plain(comment):
+            names = {"comment"} if comment.strip() else {}
+        else:
+            names = [n for n in key_val_str_to_dict(comment) if n not in own and f"{n}=" in comment]
+        found = union([found, names])
+    return tuple(found)
+
+
+def is_plain(comment: str) -> bool:
+    """Whether the second line of a frame is only a remark, without `name=value`."""
+    return "=" not in comment
 
 
 def parse(row: Row) -> Row:
@@ -87,12 +99,15 @@ def _frames(path: pathlib.Path) -> Iterator[str]:
 
 
 def _read_atoms(text: str):
-    """ase's atoms of one frame; a comment that is no extended xyz is left alone."""
+    """ase's atoms of one frame; a comment that is no extended xyz is one value."""
     import ase.io
 
-    try:
-        return ase.io.read(io.StringIO(text), index=0, format="extxyz")
-    except Exception:
-        if "Properties=" in text.split("\n", 2)[1]:
-            raise
-        return ase.io.read(io.StringIO(text), index=0, format="xyz")
+    first, comment, atoms = text.split("\n", 2)
+    if is_plain(comment):
+        found = ase.io.read(io.StringIO(f"{first}\n\n{atoms}"), index=0, format="extxyz")
+        found.info = {"comment": comment.strip()} if comment.strip() else {}
+        return found
+    found = ase.io.read(io.StringIO(text), index=0, format="extxyz")
+    # Words without a value are read as true.
+    found.info = {k: v for k, v in found.info.items() if f"{k}=" in comment}
+    return found
