@@ -60,7 +60,7 @@ def make_positions(
         positions = _relax_by_xtb(numbers, positions, charge, multiplicity)
     if not np.isfinite(positions).all():
         raise Refused(
-            "no_conformer", f"The {geometry} geometry has a coordinate that is no number."
+            "no_conformer", f"The {geometry} geometry has coordinates that are no numbers."
         )
     return positions[place], notes
 

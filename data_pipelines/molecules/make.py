@@ -214,7 +214,7 @@ def _without_bonds(row: Row, numbers, positions):
 
 
 def _by_smiles(smiles: str, numbers, positions):
-    """(RDKit's molecule of the SMILES with the atoms in the order of the file or None, agreement)."""
+    """(RDKit's molecule of the SMILES, its atoms in the order of the file, or None; agreement)."""
     try:
         described = chemistry.from_smiles(smiles)
     except Refused:

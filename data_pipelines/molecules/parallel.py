@@ -6,7 +6,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +46,8 @@ def map_rows(
       Exception: whatever `function` raises, in the order of the items.
     """
     processes = processes or len(os.sched_getaffinity(0))
-    chunks = iter(lambda it=iter(items): list(itertools.islice(it, chunk)), [])
+    stream = iter(items)
+    chunks = iter(lambda: list(itertools.islice(stream, chunk)), [])
     if processes == 1:
         for rows in chunks:
             yield from map(function, rows)
@@ -68,8 +71,7 @@ def map_rows(
                     raise UserError(
                         f"A worker process died {_DEATHS} times at items {first + 1} to "
                         f"{number} (killed, or out of memory; each worker needs about 300 MB). "
-                        "Free memory or use fewer processes. In a script of yours, call this "
-                        "under `if __name__ == '__main__':`."
+                        "Free memory, or use fewer processes."
                     ) from error
                 stack.close()
                 pool = stack.enter_context(_pool(processes))
@@ -89,11 +91,27 @@ def _is_done(future: Future) -> bool:
 
 def _submit(pool: ProcessPoolExecutor, function, rows: list) -> Future:
     try:
-        return pool.submit(_all, function, rows)
+        with _no_main():
+            return pool.submit(_all, function, rows)
     except BrokenProcessPool as error:  # a worker has died since; found out at its turn
         future = Future()
         future.set_exception(error)
         return future
+
+
+@contextlib.contextmanager
+def _no_main():
+    """Workers that start now do not run the main script again.
+
+    A spawned process does so, for functions that the script defines. Ours are importable, the
+    script may import JAX, and one without `if __name__ == "__main__"` would start workers itself.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _all(function: Callable[[Item], Made], rows: list[Item]) -> list[Made]:
@@ -112,10 +130,9 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         ours.close()
+        pool.shutdown(wait=True, cancel_futures=True)
         theirs.close()
-        pool.shutdown(wait=True)
 
 
 def _start_worker(pipe) -> None:
