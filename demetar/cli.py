@@ -14,7 +14,7 @@ from demetar.exits import EXIT_DONE, EXIT_USER_ERROR, exits_cleanly
 COMMANDS = {
     "train": ("main", "train a model, or go on with a run that was stopped"),
     "evaluate": ("evaluate", "evaluate a run, or a model that ships, again"),
-    "pretrained": ("pretrained", "ship the weights of a finished run with the package"),
+    "models": ("model_files", "list, show, verify, save and export trained models"),
     "local": ("local", "train with several processes on this machine"),
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),
     "chaos": ("chaos", "the same at random moments, again and again"),

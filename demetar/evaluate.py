@@ -15,7 +15,7 @@ from data_pipelines.dataset import PARTS
 from data_pipelines.errors import UserError
 from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
-from demetar.tools import shipped
+from demetar.inference import package
 from demetar.training import runtime
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.evaluator import Evaluator
@@ -47,7 +47,7 @@ def evaluate_pretrained(name: str, split: str) -> dict:
     `same_data` says whether the numbers are the published ones too: chaotic systems differ
     between machines whose arithmetic differs in the last bit.
     """
-    model = shipped.read(name)
+    model = package.read(name)
     config = model.config
     runtime.configure(config)
     experiment = build_experiment(config)

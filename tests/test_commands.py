@@ -13,10 +13,9 @@ import pytest
 
 import demetar
 from data_pipelines.errors import UserError
-from demetar import cli, evaluate, main, pretrained
-from demetar.config.command_line import load_config
+from demetar import cli, evaluate, main, model_files
 from demetar.exits import EXIT_DONE, EXIT_USER_ERROR
-from demetar.tools import shipped
+from demetar.inference import package, runs
 from demetar.training import runtime
 from demetar.training.experiment import build_experiment
 
@@ -119,12 +118,19 @@ def test_evaluate_refuses(arguments, message, capsys):
     assert message in refused(capsys, evaluate.main, *arguments)
 
 
-def test_pretrained_refuses(capsys, tmp_path):
-    name = demetar.pretrained_names()[0]
-    said = refused(capsys, pretrained.main, f"--workdir={tmp_path}", f"--name={name}")
-    assert f"'{name}' ships already" in said
-    said = refused(capsys, pretrained.main, f"--workdir={tmp_path}", "--name=new")
-    assert "holds no finished run" in said
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["save", "--workdir=x", f"--name={demetar.pretrained_names()[0]}"], "ships already"),
+        (["save", "--workdir=x", "--name=new"], "holds no finished run"),
+        (["save", "--workdir=x"], "one of the arguments --out --name is required"),
+        (["verify", "nbody-egnn-e3-seed3"], "Did you mean 'nbody-egnn-e3-seed"),
+        (["export", "nbody-egnn-e3-seed0", "--out=x", "--platforms=gpu"], "Unknown platform 'gpu'"),
+        (["list"], "invalid choice: 'list'"),
+    ],
+)
+def test_models_refuses(arguments, message, capsys):
+    assert message in refused(capsys, model_files.main, *arguments)
 
 
 # --- from any folder -----------------------------------------------------------------------------
@@ -212,14 +218,14 @@ def test_a_run_from_any_folder_has_its_default_workdir(finished):
 def in_this_process(monkeypatch, tmp_path):
     """Commands run here, where JAX has started already; what they ship lies elsewhere."""
     monkeypatch.setattr(runtime, "configure", lambda config: None)
-    monkeypatch.setattr(shipped, "_FOLDER", tmp_path)
+    monkeypatch.setattr(package, "SHIPPED", tmp_path)
     return tmp_path
 
 
 def test_what_a_run_ships_is_what_it_was_tested_with(finished, in_this_process, capsys):
     """The same error by `evaluate` of the run, of the shipped model, and by `load_pretrained`."""
-    assert pretrained.main([f"--workdir={finished}", "--name=mine"]) == EXIT_DONE
-    assert "mine ships now" in capsys.readouterr().out
+    assert model_files.main(["save", f"--workdir={finished}", "--name=mine"]) == EXIT_DONE
+    assert "mine: position MSE" in capsys.readouterr().out
     of_run, of_model = (
         evaluate.main([argument]) or json.loads(capsys.readouterr().out)
         for argument in (f"--workdir={finished}", "--pretrained=mine")
@@ -229,7 +235,7 @@ def test_what_a_run_ships_is_what_it_was_tested_with(finished, in_this_process, 
     assert of_model["published"]["targets"] == first["targets"]
     error = of_run["targets"]["position"]["mse"]
     assert error == pytest.approx(first["targets"]["position"]["mse"], rel=1e-6)
-    dataset = build_experiment(shipped.read("mine").config).dataset
+    dataset = build_experiment(package.read("mine").config).dataset
     test, arrays, n = dataset.split["test"], dataset.arrays, 4
     x, v, q = (
         a.reshape(-1, n, *a.shape[1:])[test]
@@ -241,8 +247,7 @@ def test_what_a_run_ships_is_what_it_was_tested_with(finished, in_this_process, 
 
 
 def test_a_card_says_all_that_a_model_needs(finished, in_this_process):
-    shipped.export(finished, "mine")
-    model = shipped.read("mine")
+    model = runs.save(finished, in_this_process / "mine")
     assert model.targets[0].readout == "position" and model.facts["elements"] == (1,)
     assert model.facts["horizon"] == pytest.approx(0.02)
     assert model.config.data.cache_dir == "" and model.config.mesh.cpu_devices == 0
@@ -250,7 +255,8 @@ def test_a_card_says_all_that_a_model_needs(finished, in_this_process):
 
 
 def test_a_shipped_model_is_compared_with_the_data_of_here(finished, in_this_process):
-    file = shipped.export(finished, "mine") / "config.json"
+    runs.save(finished, in_this_process / "mine")
+    file = in_this_process / "mine" / "model.json"
     card = json.loads(file.read_text())
     card["passport"]["content_sha256"] = "0" * 64  # another machine rounds differently
     file.write_text(json.dumps(card))
@@ -259,19 +265,3 @@ def test_a_shipped_model_is_compared_with_the_data_of_here(finished, in_this_pro
     file.write_text(json.dumps(card))
     with pytest.raises(UserError, match="protocol.num_particles: 5 in the run, 4 today"):
         evaluate.evaluate_pretrained("mine", "test")
-
-
-@pytest.mark.parametrize(
-    "name, overrides, reason",
-    [
-        ("qm9:smoke", {}, "its targets are read out as cls"),
-        ("nbody:smoke,linear", {"data.general.interaction": "springs"}, "not all pairs"),
-    ],
-)
-def test_what_could_not_be_loaded_does_not_ship(
-    name, overrides, reason, in_this_process, cache_dir, tmp_path
-):
-    config = load_config(name, overrides | {"data.cache_dir": cache_dir})
-    (tmp_path / "result.json").write_text(json.dumps({"config": config.to_dict()}))
-    with pytest.raises(UserError, match=reason):
-        shipped.export(tmp_path, "mine")

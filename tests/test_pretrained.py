@@ -9,7 +9,7 @@ import demetar
 from data_pipelines.errors import UserError
 from data_pipelines.nbody import protocols, simulation
 from data_pipelines.registry import DATASETS, load_dataset
-from demetar.tools import shipped
+from demetar.inference import package
 
 NAMES = demetar.pretrained_names()
 
@@ -32,7 +32,7 @@ def test_three_seeds_of_the_particle_model_ship():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_card_says_what_it_is(name):
-    card = shipped.read(name).card
+    card = package.read(name).card
     assert card["result"]["targets"]["position"]["mse"] <= 0.003
     assert card["passport"]["protocol"]["seed"] == 43
     assert card["config"]["model"]["name"] == "demetar_e3"
@@ -66,20 +66,21 @@ def test_wrong_shapes_and_names_are_explained(few_systems):
         predict(position=position[0], velocity=velocity[0], charge=charge[0])
     with pytest.raises(UserError, match=f"Did you mean '{NAMES[0]}'"):
         demetar.load_pretrained(NAMES[0].replace("nbody", "nbdy"))
+    with pytest.raises(UserError, match="demetar.load_pretrained"):
+        demetar.load_model(NAMES[0])
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
-    model = shipped.read(NAMES[0])
-    card = {key: model.card[key] for key in ("targets", "facts", "passport", "result")}
-    shipped.write("copy", model.params, model.card["config"], card, tmp_path)
-    monkeypatch.setattr(shipped, "_FOLDER", tmp_path)
-    assert shipped.read("copy").card["weights_sha256"] == model.card["weights_sha256"]
+    model = package.read(NAMES[0])
+    monkeypatch.setattr(package, "SHIPPED", tmp_path)
+    copy = package.write(model, tmp_path / "copy")
+    assert copy.card == package.read("copy").card == model.card  # weights are the same bytes
     file = tmp_path / "copy" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError, match="is damaged"):
-        shipped.read("copy")
+        package.read("copy")
 
 
 def test_evaluate_repeats_the_published_validation_error(runner):

@@ -1,0 +1,64 @@
+"""The model of a run: its best weights, read from its checkpoints, which are not changed."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import ml_collections
+
+from data_pipelines.errors import UserError
+from demetar.config import stored
+from demetar.inference.model import Model
+from demetar.inference.package import Package, describe, write
+from demetar.training import runtime
+from demetar.training.checkpoints import read_best
+from demetar.training.experiment import Experiment, build_experiment
+
+
+def package_of_run(workdir: pathlib.Path, licence: str = "") -> tuple[Package, Experiment]:
+    """The best weights of a run with their card, and its experiment, on one device.
+
+    Args:
+      workdir: of a run, finished or not.
+      licence: of the weights.
+    """
+    step, params, saved = read_best(workdir)
+    config = ml_collections.ConfigDict(stored.from_json(saved["config"]))
+    config.mesh.update({"data": 1, "fsdp": 1, "model": 1, "cpu_devices": 0})
+    with jax.enable_x64(stored.real_dtype(config) == "float64"):
+        experiment = build_experiment(config.lock(), jax.local_devices()[:1])
+    stored.check_same_run(saved, experiment.identity, workdir)
+    result = {"step": step}
+    if (workdir / "result.json").exists():
+        result = json.loads((workdir / "result.json").read_text())
+        if result["step"] != step:
+            raise UserError(
+                f"{workdir}/result.json is of step {result['step']}, but the best checkpoint is "
+                f"of step {step}: let the run end."
+            )
+    name = workdir.resolve().name
+    return Package(name, params, describe(experiment, result, licence)), experiment
+
+
+def model_of_run(workdir: pathlib.Path) -> Model:
+    """The best weights of a run, to predict with."""
+    return Model(*package_of_run(workdir))
+
+
+def save(workdir: pathlib.Path, destination: pathlib.Path, licence: str = "") -> Package:
+    """Writes the model of a finished run; returns what was written.
+
+    Args:
+      workdir: of the run.
+      destination: a folder, or a file `.zip`; must not exist.
+      licence: of the weights.
+    """
+    if not (workdir / "result.json").exists():
+        raise UserError(f"{workdir} holds no finished run: it has no result.json.")
+    found, experiment = package_of_run(workdir, licence)
+    runtime.configure(found.config)
+    if experiment.dataset.items == "molecules":
+        domain = Model(found, experiment).domain
+        found = dataclasses.replace(found, domain=domain.arrays() if domain else {})
+    return write(found, destination)
