@@ -7,7 +7,7 @@ from data_pipelines.dataset import Dataset, make_buckets, training_mean
 from data_pipelines.edges import build_edges
 from data_pipelines.qm9 import node_features as atoms
 from data_pipelines.qm9 import preparation
-from data_pipelines.qm9.properties import ELEMENTS, get_properties, labels
+from data_pipelines.qm9.properties import ELEMENTS, get_properties, labels, references
 from data_pipelines.qm9.splits import get_split
 from data_pipelines.scattering import features
 
@@ -75,5 +75,6 @@ def load(
         buckets=make_buckets(arrays, buckets),
         passport=passport,
         about=about,
+        references=references(rows),
         baselines=training_mean(graph_labels, parts["train"]),
     )

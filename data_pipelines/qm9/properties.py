@@ -100,6 +100,15 @@ def atom_reference_sum(column: str, composition_GxZ: np.ndarray) -> np.ndarray:
     return composition_GxZ.astype(np.float64) @ np.array([reference[z] for z in ELEMENTS])
 
 
+def references(properties: tuple[Property, ...]) -> dict[str, dict[int, float]]:
+    """As `Dataset.references`: name of a target -> atomic number -> value in the target's unit."""
+    return {
+        row.target.name: {z: row.factor * x for z, x in ATOM_REFERENCES[row.column].items()}
+        for row in properties
+        if row.atom_references
+    }
+
+
 def labels(
     properties: tuple[Property, ...], columns_GxC: np.ndarray, composition_GxZ: np.ndarray
 ) -> dict[str, np.ndarray]:

@@ -232,6 +232,18 @@ def describe(experiment, result: Mapping[str, Any], licence: str = "") -> dict[s
     }
 
 
+def with_hash(package: Package) -> Package:
+    """The same, its card with the SHA-256 of the weights as they would be written."""
+    digest = hashlib.sha256(_weights(package)).hexdigest()
+    return dataclasses.replace(package, card=package.card | {"weights_sha256": digest})
+
+
+def _weights(package: Package) -> bytes:
+    arrays = traverse_util.flatten_dict(package.params, sep="/")
+    arrays |= {f"{_DOMAIN}{name}": value for name, value in package.domain.items()}
+    return save({key: np.asarray(value, order="C") for key, value in arrays.items()})
+
+
 def write(package: Package, destination: pathlib.Path) -> Package:
     """Writes a model into a folder or, where the name ends in `.zip`, into one file.
 
@@ -244,11 +256,8 @@ def write(package: Package, destination: pathlib.Path) -> Package:
     """
     if destination.exists():
         raise UserError(f"{destination} exists already: choose another name, or delete it.")
-    arrays = traverse_util.flatten_dict(package.params, sep="/")
-    arrays |= {f"{_DOMAIN}{name}": value for name, value in package.domain.items()}
-    weights = save({key: np.asarray(value, order="C") for key, value in arrays.items()})
-    card = package.card | {"weights_sha256": hashlib.sha256(weights).hexdigest()}
-    files = {WEIGHTS: weights, CARD: (json.dumps(card, indent=1) + "\n").encode()}
+    card = with_hash(package).card
+    files = {WEIGHTS: _weights(package), CARD: (json.dumps(card, indent=1) + "\n").encode()}
     building = destination.with_name(f".{destination.name}.building")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

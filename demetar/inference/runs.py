@@ -10,7 +10,7 @@ import ml_collections
 from data_pipelines.errors import UserError
 from demetar.config import stored
 from demetar.inference.model import Model
-from demetar.inference.package import Package, describe, write
+from demetar.inference.package import Package, describe, with_hash, write
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.experiment import Experiment, build_experiment
@@ -37,8 +37,8 @@ def package_of_run(workdir: pathlib.Path, licence: str = "") -> tuple[Package, E
                 f"{workdir}/result.json is of step {result['step']}, but the best checkpoint is "
                 f"of step {step}: let the run end."
             )
-    name = workdir.resolve().name
-    return Package(name, params, describe(experiment, result, licence)), experiment
+    found = Package(workdir.resolve().name, params, describe(experiment, result, licence))
+    return with_hash(found), experiment
 
 
 def model_of_run(workdir: pathlib.Path) -> Model:
