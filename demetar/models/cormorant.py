@@ -208,21 +208,20 @@ class _Atoms(nn.Module):
 def _couple(products_NxCxmxn: Array, num_orders: int) -> list[list[Array]]:
     """Of products of components, those that are vectors: for each l, `[N, C, 2 l + 1]` of every
     (l1, l2) in order."""
-    rows, columns = products_NxCxmxn.shape[-2:]
+    # The gradient of a split is one concatenation; that of a slice is a sum of padded arrays.
+    components = lambda x, axis: jnp.split(
+        x, [order**2 for order in range(1, math.isqrt(x.shape[axis]))], axis
+    )
     coupled = [[] for _ in range(num_orders)]
-    for order_1 in range(math.isqrt(rows)):
-        for order_2 in range(math.isqrt(columns)):
-            one = slice(order_1**2, (order_1 + 1) ** 2)
-            two = slice(order_2**2, (order_2 + 1) ** 2)
-            block = products_NxCxmxn[..., one, two]
+    for order_1, rows in enumerate(components(products_NxCxmxn, -2)):
+        for order_2, block in enumerate(components(rows, -1)):
             orders = range(abs(order_1 - order_2), min(order_1 + order_2 + 1, num_orders))
             matrix = [math.sqrt(2 * k + 1) * clebsch_gordan(order_1, order_2, k) for k in orders]
             matrix = jnp.asarray(np.concatenate(matrix, axis=-1), block.dtype)
             vectors = jnp.einsum("icmn,mnk->ick", block, matrix)
-            start = 0
-            for k in orders:
-                coupled[k].append(vectors[..., start : start + 2 * k + 1])
-                start += 2 * k + 1
+            starts = [k**2 - orders[0] ** 2 for k in orders[1:]]
+            for k, vector in zip(orders, jnp.split(vectors, starts, axis=-1), strict=True):
+                coupled[k].append(vector)
     return coupled
 
 
