@@ -26,10 +26,11 @@ GENERAL = dict(
 )
 
 
-def load(cache_dir, **changes):
+def load(cache_dir, targets=("position",), **changes):
     return load_dataset(
         name="nbody",
         protocol="general",
+        targets=targets,
         general=GENERAL | changes,
         cache_dir=cache_dir,
         buckets=(),
@@ -88,13 +89,14 @@ def test_simulation_is_the_official_one_bit_for_bit():
         np.stack(column) for column in zip(*systems, strict=True)
     )
     position *= 0.3  # closer, so that they meet often
-    x, v, y = simulation.simulate(position, velocity, coupling, 400, 300)
+    x, v, y, w = simulation.simulate_all(position, velocity, coupling, 400, 300)
     for g in range(5):
         start = position[g].T, velocity[g].T, charge[g]
         at_input, at_target = (official_step_by_step(*start, steps) for steps in (400, 700))
         np.testing.assert_array_equal(x[g].T, at_input[0])
         np.testing.assert_array_equal(v[g].T, at_input[1])
         np.testing.assert_array_equal(y[g].T, at_target[0])
+        np.testing.assert_array_equal(w[g].T, at_target[1])
 
 
 def test_protocols_and_splits():
@@ -140,6 +142,36 @@ def test_batches_carry_velocities_charges_and_node_targets(cache_dir):
     assert batch.edge_mask.sum() == 6
 
 
+def test_velocities_at_the_target_are_prepared_apart(cache_dir):
+    """And leave the prepared positions as they were."""
+    alone, both, velocity = (
+        load(cache_dir, targets)
+        for targets in (("position",), ("position", "velocity"), ("velocity",))
+    )
+    target_of = {target.name: target for target in both.targets}
+    assert list(target_of) == ["position", "velocity"]
+    assert [t.name for t in velocity.targets] == ["velocity"]
+    for name in ("position", "velocity", "charge", "edges"):
+        np.testing.assert_array_equal(getattr(alone.arrays, name), getattr(both.arrays, name))
+    np.testing.assert_array_equal(
+        alone.labels(target_of["position"]), both.labels(target_of["position"])
+    )
+    np.testing.assert_array_equal(
+        velocity.labels(target_of["velocity"]), both.labels(target_of["velocity"])
+    )
+    assert alone.passport["content_sha256"] != both.passport["content_sha256"]
+    assert velocity.passport["content_sha256"] == both.passport["content_sha256"]
+    speed = lambda v: np.linalg.norm(v, axis=-1).mean()
+    change = both.labels(target_of["velocity"]) - both.arrays.velocity
+    assert 0 < speed(change) < speed(both.arrays.velocity)
+
+
+@pytest.mark.parametrize("targets", [(), ("position", "position"), ("speed",)])
+def test_targets_are_of_the_two(cache_dir, targets):
+    with pytest.raises(UserError, match="config.data.targets"):
+        load(cache_dir, targets)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -178,6 +210,18 @@ def test_trivial_predictors(cache_dir):
     assert linear <= min(mse(train, "no_motion"), mse(train, "free_flight"))
 
 
+def test_trivial_predictors_of_velocities(cache_dir):
+    dataset = load(cache_dir, ("position", "velocity"))
+    arrays, target = dataset.arrays, dataset.labels(dataset.targets[1])
+    shape = (-1, 4, 3)
+    train = dataset.split["train"]
+    v, w = (a.reshape(shape)[train] for a in (arrays.velocity, target))
+    mse = lambda name: np.square(dataset.baselines(train)[name]["velocity"]).mean()
+    np.testing.assert_allclose(mse("no_motion"), np.square(w).mean())
+    np.testing.assert_allclose(mse("free_flight"), np.square(v - w).mean())
+    assert mse("linear") <= min(mse("no_motion"), mse("free_flight"))
+
+
 # --- runs --------------------------------------------------------------------------------------
 
 MODELS = "e3 egnn linear deep_set set_transformer velocity edge_cross".split()
@@ -202,6 +246,23 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     assert all(jax.tree.leaves(changed))
 
 
+@pytest.mark.parametrize("model", ["tfn", "se3_transformer"])
+def test_positions_and_velocities_are_learned_together(model, cache_dir):
+    changes = {
+        "data.cache_dir": cache_dir,
+        "data.targets": ("position", "velocity"),
+        "optim.warmup_steps": 0,
+        "model": {"name": model, "width": 4, "num_layers": 2, "num_degrees": 2},
+    }
+    if model == "se3_transformer":
+        changes["model"]["num_heads"] = 2
+    trainer = Trainer(build_experiment(load_config("nbody:smoke", changes)))
+    state = trainer.experiment.create_state()
+    bucket, graphs = trainer.gather(0)
+    state, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
+    assert np.isfinite(sums.loss) and np.isfinite(sums.grad_norm) and sums.grad_norm > 0
+
+
 def test_words_of_the_config_in_any_order_and_no_two_models():
     assert load_config("nbody:blog,smoke") == load_config("nbody:smoke,blog")
     assert load_config("nbody:blog,velocity").data.protocol == "blog"
@@ -214,6 +275,9 @@ def test_models_and_targets_must_match(cache_dir):
     changes = {"data.cache_dir": cache_dir, "model.readout": "sum"}
     with pytest.raises(UserError, match="cannot give read-out 'sum' for target 'position'"):
         build_experiment(load_config("nbody:smoke", changes))
+    changes = {"data.cache_dir": cache_dir, "data.targets": ("position", "velocity")}
+    with pytest.raises(UserError, match="cannot give read-out 'velocity' for target 'velocity'"):
+        build_experiment(load_config("nbody:egnn,smoke", changes))
 
 
 def test_result_of_a_run_on_particles(runner, tmp_path):

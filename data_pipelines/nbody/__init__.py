@@ -1,14 +1,16 @@
-"""N-body systems: where will charged particles, or particles on springs, be?"""
+"""N-body systems: where will charged particles, or particles on springs, be, and how fast?"""
 
 import numpy as np
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets
+from data_pipelines.errors import UserError, check_known
 from data_pipelines.nbody import preparation
 from data_pipelines.nbody.protocols import get_protocol
 from data_pipelines.targets import Target
 
 DEFAULTS = {
+    "targets": ("position",),  # position | velocity, or both
     "protocol": "egnn",  # egnn | blog (the DEMETAr post's) | fuchs | general
     "general": {  # what protocol "general" simulates
         "num_particles": 20,
@@ -21,15 +23,21 @@ DEFAULTS = {
     },
 }
 
-# Where the particles are after the horizon, in the simulator's length. Neither shifted nor scaled:
-# that would break the symmetries.
+# Where the particles are after the horizon and how they move then, in the simulator's units.
+# Neither shifted nor scaled: that would break the symmetries.
 POSITION = Target("position", "length", "x", readout="position", normalization="none", metric="mse")
+VELOCITY = Target(
+    "velocity", "length / time", "v", readout="velocity", normalization="none", metric="mse"
+)
+TARGETS = {target.name: target for target in (POSITION, VELOCITY)}
 
 
-def load(*, protocol, general, cache_dir: str = "", buckets=()) -> Dataset:
+def load(*, protocol, general, targets=("position",), cache_dir: str = "", buckets=()) -> Dataset:
     """N-body systems with the options of `DEFAULTS`, simulated here."""
+    chosen = _chosen(targets)
     task = get_protocol(protocol, general)
-    systems, passport = preparation.load(task, cache_dir)
+    systems, passport = preparation.load(task, cache_dir, VELOCITY in chosen)
+    labels = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
     num_systems, n, _ = systems.position.shape
     # Charged particles all act on each other; springs are the edges themselves.
     keep_GxP = systems.coupling != 0
@@ -43,7 +51,7 @@ def load(*, protocol, general, cache_dir: str = "", buckets=()) -> Dataset:
         position=flat(systems.position),
         edge_offset=np.concatenate([[0], np.cumsum(np.bincount(system_E, minlength=num_systems))]),
         edges=np.stack([i[pair_E], j[pair_E], np.zeros_like(pair_E)], 1).astype(np.uint16),
-        node_labels={POSITION.name: flat(systems.target)},
+        node_labels={target.name: flat(labels[target.name]) for target in chosen},
         velocity=flat(systems.velocity),
         charge=flat(systems.charge),
     )
@@ -53,7 +61,7 @@ def load(*, protocol, general, cache_dir: str = "", buckets=()) -> Dataset:
         items="systems",
         elements=(1,),
         arrays=arrays,
-        targets=(POSITION,),
+        targets=chosen,
         split=split,
         split_name=protocol,
         buckets=make_buckets(arrays, buckets),
@@ -63,32 +71,53 @@ def load(*, protocol, general, cache_dir: str = "", buckets=()) -> Dataset:
             f"{task.horizon_steps} steps ahead, content {passport['content_sha256'][:12]}",
         },
         model_facts={"horizon": task.horizon},
-        baselines=_baselines(systems, task.horizon, split["train"]),
+        baselines=_baselines(systems, chosen, task.horizon, split["train"]),
     )
 
 
-def _baselines(systems: preparation.SystemArrays, horizon: float, train: np.ndarray):
+def _chosen(names) -> tuple[Target, ...]:
+    """The targets of these names, in their order."""
+    for name in names:
+        check_known("config.data.targets", name, TARGETS)
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"config.data.targets ({', '.join(names)}) must name each target once.")
+    return tuple(TARGETS[name] for name in names)
+
+
+def _baselines(
+    systems: preparation.SystemArrays,
+    targets: tuple[Target, ...],
+    horizon: float,
+    train: np.ndarray,
+):
     """No motion, free flight, and the best linear map of x and v about the centre of mass.
 
-    The linear map is fitted by least squares over training.
+    The linear map is fitted by least squares over training, for each target.
     """
+    after = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
 
-    def parts(graphs):
+    def parts(graphs, target: Target):
         """Target, position, velocity relative to the moving centre of mass; and its velocity."""
-        x, v, y = (a[graphs] for a in (systems.position, systems.velocity, systems.target))
+        x, v, y = (a[graphs] for a in (systems.position, systems.velocity, after[target.name]))
         x_com, v_com = x.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
-        return y - x_com - horizon * v_com, x - x_com, v - v_com, v_com
+        y = y - x_com - horizon * v_com if target is POSITION else y - v_com
+        return y, x - x_com, v - v_com, v_com
 
     def errors(graphs: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
-        y, x, v, _ = parts(train)
-        columns = np.stack([x.ravel(), v.ravel()], axis=1)
-        weights, *_ = np.linalg.lstsq(columns, y.ravel(), rcond=None)
-        y, x, v, v_com = parts(graphs)
-        predictions = {
-            "no_motion": x - horizon * v_com,
-            "free_flight": x + horizon * v,
-            "linear": weights[0] * x + weights[1] * v,
-        }
-        return {name: {POSITION.name: p - y} for name, p in predictions.items()}
+        found = {"no_motion": {}, "free_flight": {}, "linear": {}}
+        for target in targets:
+            y, x, v, _ = parts(train, target)
+            columns = np.stack([x.ravel(), v.ravel()], axis=1)
+            weights, *_ = np.linalg.lstsq(columns, y.ravel(), rcond=None)
+            y, x, v, v_com = parts(graphs, target)
+            moves = target is POSITION
+            predictions = {
+                "no_motion": x - horizon * v_com if moves else -v_com,
+                "free_flight": x + horizon * v if moves else v,
+                "linear": weights[0] * x + weights[1] * v,
+            }
+            for name, prediction in predictions.items():
+                found[name][target.name] = prediction - y
+        return found
 
     return errors

@@ -59,7 +59,12 @@ def draw(rng: np.random.RandomState, protocol: Protocol) -> tuple[np.ndarray, ..
     return charge, position_3xN.T, velocity_3xN.T, coupling
 
 
-def simulate(
+def simulate(*arguments, **options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`simulate_all` without the last: position and velocity at the input, and position then."""
+    return simulate_all(*arguments, **options)[:3]
+
+
+def simulate_all(
     position_GxNx3: np.ndarray,
     velocity_GxNx3: np.ndarray,
     coupling_GxP: np.ndarray,
@@ -67,8 +72,8 @@ def simulate(
     horizon_steps: int,
     interaction: str = "charged",
     box: float = 0.0,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Runs all systems: position and velocity at the input, position at the target.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Runs all systems: position and velocity at the input, then both at the target.
 
     Args:
       position_GxNx3: initial.
@@ -93,7 +98,7 @@ def simulate(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         with tqdm(total=len(position_GxNx3), desc="Simulating", unit=" systems") as progress:
             for states in pool.map(run, parts):
-                results.append((*states[0], states[1][0]))
+                results.append((*states[0], *states[1]))
                 progress.update(len(states[0][0]))
     return tuple(np.concatenate(column) for column in zip(*results, strict=True))
 

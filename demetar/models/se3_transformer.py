@@ -80,8 +80,8 @@ class Se3Transformer(eq.EquivariantModel):
         if moves:
             vectors = len(self.vector_targets)
             last = Attention(
-                {1: vectors}, vectors, min(self.num_heads, vectors), self.dtype, add_relative=True, attentive=True,
-                name="last",
+                {1: vectors}, vectors, min(self.num_heads, vectors), self.dtype,
+                add_relative=True, attentive=True, name="last",
             )  # fmt: skip
             vector_Nx3xT = last(features, pairs)[1]
             return self.moved(graph, vector_Nx3xT.swapaxes(1, 2).astype(graph.position.dtype))
