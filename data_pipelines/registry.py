@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from data_pipelines import nbody, qm9
 from data_pipelines.dataset import Dataset
 from data_pipelines.errors import check_known
+from data_pipelines.molecules import loading as molecules
 
 
 class Source(NamedTuple):
@@ -23,6 +24,7 @@ class Source(NamedTuple):
 DATASETS = {
     "qm9": Source(qm9.load, qm9.DEFAULTS),
     "nbody": Source(nbody.load, nbody.DEFAULTS),
+    "molecules": Source(molecules.load, molecules.DEFAULTS),
 }
 
 

@@ -205,7 +205,7 @@ def _target(column, molecules: OwnMolecules, options: _Options) -> Target:
 
 def _split(molecules: OwnMolecules, passport: dict, options: _Options) -> dict[str, np.ndarray]:
     if len(options.paths) > 1:
-        return {part: np.flatnonzero(molecules.file == k) for k, part in enumerate(PARTS)}
+        return {part: np.flatnonzero(molecules.source == k) for k, part in enumerate(PARTS)}
     column = None
     if options.split == "column":
         column = np.array(passport["parts"])[molecules.part]
@@ -220,6 +220,7 @@ def _split(molecules: OwnMolecules, passport: dict, options: _Options) -> dict[s
         fold=options.fold,
         num_folds=options.folds,
         seed=options.split_seed,
+        numbers=molecules.number,
     )
 
 
@@ -279,8 +280,13 @@ def _about(
         lines["rare"] = f"{', '.join(few)} training molecules: little can be learned about them"
     repeats = len(molecules.identity) - len(np.unique(molecules.identity))
     if repeats:
-        odd = conflicts(molecules.identity, molecules.labels)
-        lines["duplicates"] = f"{repeats} rows repeat a molecule, always in one part; " + (
-            f"{len(odd)} molecules have labels that differ" if len(odd) else "labels agree"
-        )
+        columns = {target.name: molecules.labels[:, k] for k, target in enumerate(targets)}
+        odd = conflicts(molecules.identity, columns)
+        lines["duplicates"] = f"{repeats} rows repeat a molecule, always in one part"
+        if odd:
+            rows = ", ".join(str(molecules.number[row]) for row in odd[0].rows[:3])
+            lines["duplicates"] += (
+                f"; labels of {len(odd)} molecules differ, as {odd[0].name} of rows {rows} from "
+                f"{odd[0].low:g} to {odd[0].high:g}"
+            )
     return lines

@@ -19,7 +19,7 @@ def columns_of_part(targets: tuple[Column, ...], chunk: list[dict], first: int) 
 
     Args:
       targets: T columns to learn.
-      chunk: of each row `number`, `file` and `made`; of molecules also `labels` [T],
+      chunk: of each row `number`, `source` and `made`; of molecules also `labels` [T],
         `node_labels` and `TEXTS`.
       first: index of its first row, counted over all files from 1.
     """
@@ -32,7 +32,7 @@ def columns_of_part(targets: tuple[Column, ...], chunk: list[dict], first: int) 
     columns = {
         "index": np.array([index for index, _ in kept], np.int32),
         "number": of_rows("number", np.int32),
-        "file": of_rows("file", np.uint8),
+        "source": of_rows("source", np.uint8),
         "nodes": np.array([len(m.atomic_numbers) for m in molecules], np.int64),
         "edges": np.array([len(m.bonds) for m in molecules], np.int64),
         "atomic_number": joined("atomic_numbers", np.zeros(0, np.uint8)),
@@ -43,7 +43,7 @@ def columns_of_part(targets: tuple[Column, ...], chunk: list[dict], first: int) 
         "bonds_from": field("bonds_from", np.str_),
         "notes": np.array(["; ".join(m.notes) for m in molecules], np.str_),
         "labels": of_rows("labels", np.float64).reshape(len(kept), len(targets)),
-        "refused_file": np.array([row["file"] for row in refused], np.uint8),
+        "refused_source": np.array([row["source"] for row in refused], np.uint8),
         "refused_number": np.array([row["number"] for row in refused], np.int32),
         "refused_status": np.array([row["made"].status for row in refused], np.str_),
         "refused_message": np.array([row["made"].message for row in refused], np.str_),
@@ -77,7 +77,9 @@ def join(files: list[pathlib.Path], targets: tuple[Column, ...]) -> tuple[dict, 
     parts = [dict(np.load(file, allow_pickle=False)) for file in files]
     all_of = lambda name: np.concatenate([part[name] for part in parts])
     offset = lambda counts: np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    arrays = {name: all_of(name) for name in ("index", "number", "file", "charge", "multiplicity")}
+    arrays = {
+        name: all_of(name) for name in ("index", "number", "source", "charge", "multiplicity")
+    }
     arrays |= {name: all_of(name) for name in ("atomic_number", "position", "bonds", "labels")}
     arrays |= {"node_offset": offset(all_of("nodes")), "bond_offset": offset(all_of("edges"))}
     for name in TEXTS:
@@ -89,7 +91,7 @@ def join(files: list[pathlib.Path], targets: tuple[Column, ...]) -> tuple[dict, 
             nodes = [part["nodes"].sum() for part in parts]
             arrays[f"node_{column.name}"] = _filled(column.name, given, nodes)
             node_columns.append(column.name)
-    refused = ("refused_file", "refused_number", "refused_message")
+    refused = ("refused_source", "refused_number", "refused_message")
     named = zip(*(all_of(name)[:_NAMED_REFUSALS].tolist() for name in refused), strict=True)
     count = lambda name: dict(Counter(text for text in all_of(name).tolist() if text))
     facts = {

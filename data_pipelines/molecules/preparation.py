@@ -64,7 +64,7 @@ class OwnMolecules:
 
     Attributes:
       index: [G] int32, number of the row, counted over all files from 1, ascending.
-      number, file: [G] row in its own file, and which file.
+      number, source: [G] row in its own file, and which file.
       node_offset: [G + 1] int64.
       atomic_number: [atoms] uint8.
       position: [atoms, 3] float32, angstrom.
@@ -78,7 +78,7 @@ class OwnMolecules:
 
     index: np.ndarray
     number: np.ndarray
-    file: np.ndarray
+    source: np.ndarray
     node_offset: np.ndarray
     atomic_number: np.ndarray
     position: np.ndarray
@@ -132,7 +132,7 @@ def _file_sha256(path: str) -> str:
 
 def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
     """What a part keeps of a row: a refusal, or a molecule with its labels and keys."""
-    file, row = item
+    source, row = item
     labels = np.array([_label(row, column) for column in request.targets])
     made = make_molecule(row, request.geometry)
     node_labels = {
@@ -145,7 +145,7 @@ def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
             if len(values) != (atoms := len(made.atomic_numbers)):
                 message = f"{name} has {len(values)} numbers for {atoms} atoms: give one for each."
                 made = Refusal("bad_row", message)
-    found = {"number": row.number, "file": file, "made": made}
+    found = {"number": row.number, "source": source, "made": made}
     if isinstance(made, Refusal):
         return found
     text = lambda column: str(row.columns.get(column, "")) if column else ""
@@ -204,9 +204,9 @@ def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pat
 
 
 def _rows(paths: tuple[str, ...], smiles: str) -> Iterator[tuple[int, Row]]:
-    for file, path in enumerate(paths):
+    for source, path in enumerate(paths):
         for row in read_rows(path, smiles_column=smiles):
-            yield file, row
+            yield source, row
 
 
 def _passport(request: Request, hashes: list[str], arrays: dict, facts: dict) -> dict:
