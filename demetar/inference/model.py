@@ -71,7 +71,7 @@ class Model:
         self.package, self._experiment = package, experiment
         self.network = package.network()
         self._normalizations, self._references = package.normalizations, package.references
-        self._edges = (card["edges"]["kind"], card["edges"]["cutoff"])
+        self.edges = (card["edges"]["kind"], card["edges"]["cutoff"])
         self.programs = Programs(self.network, package.params, real_dtype(package.config))
 
     # --- what it is ------------------------------------------------------------------------------
@@ -164,12 +164,16 @@ class Model:
         """Both of the above in one pass; None in the place of an embedding that is not kept."""
         if not molecules:
             return self._empty(), None
-        with_charge = "charge" in self.package.card["inputs"]
-        arrays = graphs.arrays_of(molecules, *self._edges, self.programs.dtype, with_charge)
+        arrays = self.arrays_of(molecules)
         everything = np.arange(len(molecules))
         size = batch_size or batch_size_for(len(molecules))
         standardized, embedding = self._forward(arrays, everything, size)
         return self._restored(standardized, arrays), embedding
+
+    def arrays_of(self, molecules: Sequence[Molecule]) -> GraphArrays:
+        """Their graphs, by the rules of the model's training."""
+        with_charge = "charge" in self.package.card["inputs"]
+        return graphs.arrays_of(molecules, *self.edges, self.programs.dtype, with_charge)
 
     def ood(self, embedding_GxD: np.ndarray | None, number: int) -> np.ndarray:
         """[G] percentile of the distance to training, see `Domain`; NaN where it is not known."""
@@ -199,7 +203,7 @@ class Model:
         rows = self.programs.rows(batch_size)
         outputs, waiting = [], collections.deque()
         fetch = lambda: outputs.append(self._fetched(arrays, *waiting.popleft()))
-        of_bucket = graphs.buckets_of(arrays, graphs_g, self._edges[0], one_shape)
+        of_bucket = graphs.buckets_of(arrays, graphs_g, self.edges[0], one_shape)
         for bucket, members in of_bucket.items():
             for start in range(0, len(members), rows):
                 at = members[start : start + rows]
