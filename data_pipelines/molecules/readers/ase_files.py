@@ -36,14 +36,28 @@ def columns(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def _atoms(path: pathlib.Path) -> Iterator:
-    import ase.io
-
     try:
-        yield from ase.io.iread(path, index=":", format=path.suffix[1:].lower())
-    except GeneratorExit:
-        raise
+        yield from _of_database(path) if path.suffix.lower() == ".db" else _of_trajectory(path)
     except Exception as error:  # ase raises what its readers meet, of any class
         raise Damaged(f"ase says {type(error).__name__}: {error}") from error
+
+
+def _of_trajectory(path: pathlib.Path) -> Iterator:
+    import ase.io
+
+    return ase.io.iread(path, index=":", format="traj")
+
+
+def _of_database(path: pathlib.Path) -> Iterator:
+    import ase.db  # ase.io leaves out what the database keeps beside the atoms
+
+    with ase.db.connect(path, type="db") as database:
+        for row in database.select():
+            atoms = row.toatoms(add_additional_information=True)
+            if "initial_charges" not in atoms.arrays:
+                # ase stores the sum of the atoms' charges there, whatever it was given.
+                atoms.info.get("key_value_pairs", {}).pop("charge", None)
+            yield atoms
 
 
 def row_of_atoms(number: int, atoms, text: str = "") -> Row:

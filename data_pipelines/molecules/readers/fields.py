@@ -2,10 +2,11 @@
 
 import contextlib
 import gzip
+import io
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,22 +21,73 @@ class Damaged(Exception):
     """The file cannot be read from here on; the message says why."""
 
 
-@contextlib.contextmanager
-def open_text(path: pathlib.Path, newline: str | None = None) -> Iterator:
-    """A file of text, through gzip if its name says so; a byte order mark is dropped.
+class Text:
+    """Text of a file, of which the end may be missing.
 
-    Bytes that are no UTF-8 pass as surrogates: written out again, they are what they were.
+    Bytes that are no UTF-8 pass as surrogates: written out again, they are what they were. A byte
+    order mark is dropped.
     """
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
+
+    def __init__(self, stream: BinaryIO, newline: str | None):
+        self._raw = _Salvaged(stream)
+        self._text = io.TextIOWrapper(
+            io.BufferedReader(self._raw, 1 << 16),
+            encoding="utf-8-sig",
+            errors="surrogateescape",
+            newline=newline,
+        )
+
+    def lines(self) -> Iterator[str]:
+        """Whole lines, then `Damaged` if the end is missing."""
+        for line in self._text:
+            if not line.endswith(("\n", "\r")):
+                self._check()  # the file may go on, and a number that is cut off is another one
+            yield line
+        self._check()
+
+    def read(self, size: int) -> str:
+        """At most `size` characters; "" at the end, or `Damaged` if it is missing."""
+        found = self._text.read(size)
+        if not found:
+            self._check()
+        return found
+
+    def _check(self) -> None:
+        error = self._raw.error
+        if isinstance(error, EOFError):
+            raise Damaged("the compressed file is cut off") from error
+        if error is not None:
+            raise Damaged(str(error)) from error
+
+
+class _Salvaged(io.RawIOBase):
+    """A stream that ends where it is damaged, and keeps the error."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+        self.error: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._stream.read1(len(buffer)) if self.error is None else b""
+        except (EOFError, OSError, zlib.error) as error:
+            self.error, data = error, b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextlib.contextmanager
+def open_text(path: pathlib.Path, newline: str | None = None) -> Iterator[Text]:
+    """A file of text, through gzip if its name says so."""
     try:
-        with opened(
-            path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline
-        ) as f:
-            yield f
-    except EOFError as error:
-        raise Damaged("the compressed file is cut off") from error
-    except (OSError, zlib.error) as error:
+        stream = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    except OSError as error:
         raise Damaged(str(error)) from error
+    with stream:
+        yield Text(stream, newline)
 
 
 def clean(text: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.bonds import BondType
 from data_pipelines.molecules.readers.fields import (
+    Damaged,
     charge_and_multiplicity,
     clean,
     open_text,
@@ -44,6 +45,8 @@ def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
         # A file with one molecule and no properties is a mol file: it ends without $$$$.
         if whole or (number == 1 and "\nM  END" in text and "\n>" not in text):
             yield Row(number, text=text)
+        elif number == 1:
+            raise Damaged("the file ends before its first $$$$")
         else:
             message = "the file ends within this record, before its $$$$: it is cut off"
             yield Row(number, text=text, refusal=Refusal("bad_row", message))

@@ -21,7 +21,7 @@ _BATCH = 1024  # rows of Parquet in memory
 def read_csv(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
     """Rows of text; blank lines are no rows."""
     with open_text(path, newline="") as stream:
-        lines = csv.reader(stream, delimiter=_delimiter(path))
+        lines = csv.reader(stream.lines(), delimiter=_delimiter(path))
         header = _header(lines, path)
         build = _Builder(path, header, smiles_column)
         number = 0
@@ -49,7 +49,7 @@ def read_csv(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
 def csv_columns(path: pathlib.Path) -> tuple[str, ...]:
     """Names in the header."""
     with open_text(path, newline="") as stream:
-        return tuple(_header(csv.reader(stream, delimiter=_delimiter(path)), path))
+        return tuple(_header(csv.reader(stream.lines(), delimiter=_delimiter(path)), path))
 
 
 def _records(lines) -> Iterator[tuple[list[str] | str, int, int]]:

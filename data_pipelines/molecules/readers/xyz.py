@@ -75,8 +75,8 @@ def read_first(path: pathlib.Path) -> Row:
 
 
 def _frames(path: pathlib.Path) -> Iterator[str]:
-    with open_text(path) as stream:
-        place = 0
+    with open_text(path) as text:
+        stream, place = text.lines(), 0
         for first in stream:
             place += 1
             if not first.strip():
