@@ -67,7 +67,7 @@ def coefficients(position_Nx3: Array, atomic_number_N: Array, scattering: Scatte
 
     Args:
       position_Nx3: [N, 3], angstrom.
-      atomic_number_N: [N]; 0 marks padding, which has position 0 or any other number.
+      atomic_number_N: [N]; 0 marks padding, whose position may be anything.
       scattering: the options.
     """
     found = [
@@ -81,6 +81,7 @@ def density(position_Nx3: Array, atomic_number_N: Array, scattering: Scattering)
     """The three densities about the mean of the atoms, `[3, *shape]`; pixel 0 is the centre."""
     dtype = position_Nx3.dtype
     real_N = (atomic_number_N > 0).astype(dtype)
+    position_Nx3 = jnp.where(real_N[:, None] > 0, position_Nx3, 0)
     centre_3 = (real_N @ position_Nx3) / jnp.maximum(real_N.sum(), 1)
     pixel_Nx3 = (position_Nx3 - centre_3) * scattering.pixels_per_angstrom
     wide = 2 * scattering.sigma**2

@@ -1,8 +1,8 @@
 """WaveScatt: regression on solid-harmonic scattering coefficients (Eickenberg et al. 2018).
 
-The coefficients phi of a molecule are `graph.graph_feature`, computed once before training and
-standardised (`data_pipelines/scattering`). The paper fits sums of products of them, chosen one by
-one; here all products have weights, of low rank, and are learned:
+The coefficients phi of a molecule are `graph.graph_feature`, computed once before training,
+standardised and decorrelated (`data_pipelines/scattering`). The paper fits sums of products of
+them, chosen one by one; here all products have weights, of low rank, and are learned:
 
     y = b + w . phi                                   linear
         + sum_r c_r (u_r . phi) (v_r . phi)           bilinear, `order` 2
