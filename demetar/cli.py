@@ -13,7 +13,10 @@ from demetar.exits import EXIT_DONE, EXIT_USER_ERROR, exits_cleanly
 # Command -> module, what it does.
 COMMANDS = {
     "train": ("main", "train a model, or go on with a run that was stopped"),
-    "evaluate": ("evaluate", "evaluate a run, or a model that ships, again"),
+    "check": ("check", "what is in a file of molecules, and what is wrong with it"),
+    "predict": ("predict", "predict molecules with a trained model"),
+    "fingerprint": ("fingerprint", "the vectors that a trained model makes of molecules"),
+    "evaluate": ("evaluate", "errors of a run, of a model that ships, or on a file of your own"),
     "models": ("model_files", "list, show, verify, save and export trained models"),
     "local": ("local", "train with several processes on this machine"),
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),

@@ -1,10 +1,12 @@
-"""Repeats the evaluation of a run from its folder alone, or of a model that ships.
+"""Repeats the evaluation of a run or of a model that ships, or scores a model on a file.
 
     demetar evaluate --workdir=DIR [--split=test]
     demetar evaluate --pretrained=NAME [--split=test]
+    demetar evaluate FILE --model=MODEL --target=homo:eV [--target=...]
 
-Reads the saved config and the best weights, as data: no config file is executed. Prints JSON, with
-the same keys as `result.json`.
+Reads the saved config and the best weights, as data: no config file is executed. Prints JSON; of
+the first two with the same keys as `result.json`. FILE is one that `demetar predict` takes; the
+truth is in its column that is called as the target.
 """
 
 import json
@@ -69,16 +71,37 @@ def evaluate_pretrained(name: str, split: str) -> dict:
     }
 
 
+def _score(options) -> dict:
+    from demetar.inference.model import load_model
+    from demetar.inference.scoring import score_file
+
+    if not options.target:
+        raise UserError("--target is missing: name a column of FILE and its unit, as homo:eV.")
+    runtime.configure_for_prediction()
+    file = pathlib.Path(options.file).expanduser()
+    return score_file(load_model(options.model), file, tuple(options.target), options.smiles)
+
+
 @exits_cleanly
 def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     parser = command_line.make_parser("evaluate", __doc__)
+    parser.add_argument("file", nargs="?", metavar="FILE", help="of molecules, with --model")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--workdir", metavar="DIR", help="of a run")
     source.add_argument("--pretrained", metavar="NAME", help="of a model that ships")
+    source.add_argument("--model", metavar="MODEL", help="name, run or saved model, for FILE")
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="NAME:UNIT", help="column of FILE"
+    )
+    parser.add_argument("--smiles", default="", metavar="COLUMN", help="of FILE, of the SMILES")
     parser.add_argument("--split", default="test", choices=PARTS, help="the part of the data")
     options = command_line.parse(parser, arguments)
-    if options.pretrained:
+    if bool(options.file) != bool(options.model):
+        raise UserError("A FILE is scored with --model=MODEL: give both, or neither.")
+    if options.model:
+        found = _score(options)
+    elif options.pretrained:
         found = evaluate_pretrained(options.pretrained, options.split)
     else:
         found = evaluate_run(pathlib.Path(options.workdir), options.split)

@@ -12,6 +12,7 @@ from data_pipelines.errors import UserError
 EXIT_DONE = 0
 EXIT_FAILED = 1  # a bug or a broken machine: traceback printed. Do not requeue
 EXIT_USER_ERROR = 2  # bad input: message printed, nothing lost. Do not requeue
+EXIT_NOTHING = 3  # a prediction of which no row succeeded; its output says why
 EXIT_PREEMPTED = 75  # asked to stop, and saved; the same command goes on (EX_TEMPFAIL). Requeue
 EXIT_LOST = 76  # another process was lost, or hangs; as if this one had been killed
 EXIT_NO_PROGRESS = 78  # failed at the same step three times. Do not requeue

@@ -19,8 +19,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
     jax.config.update("jax_enable_x64", real_dtype(config) == np.float64)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir(config) / "xla"))
+    _keep_programs(cache_dir(config))
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_deterministic_ops" not in flags:
         # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
@@ -29,6 +28,20 @@ def configure(config: ml_collections.ConfigDict) -> None:
         keep_freed_memory()
         if jax.process_count() > 1:
             _let_gloo_yield()
+
+
+def configure_for_prediction() -> None:
+    """One virtual CPU device for each core, and the compilation cache."""
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    _keep_programs(default_cache_dir())
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
+
+
+def _keep_programs(folder: pathlib.Path) -> None:
+    """Compiled programs are kept in this folder, unless the environment names another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
 
 
 def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:
