@@ -25,6 +25,7 @@ setup(
     entry_points={"console_scripts": ["demetar = demetar.cli:console"]},
     install_requires=[
         "absl-py>=2.1",
+        "ase>=3.24",  # reads files of molecules
         "array_record>=0.8",
         "clu>=0.0.12",
         "flax>=0.12,<0.13",
@@ -38,7 +39,8 @@ setup(
         "optax>=0.2.7,<0.3",
         # Its API still moves; all of it is in demetar/training/checkpoints.py.
         "orbax-checkpoint>=0.12,<0.13",
-        "rdkit>=2024.9",  # bond types, when data are prepared
+        "pint>=0.24",  # units of one's own targets
+        "rdkit>=2024.9",  # bonds and geometries of molecules
         "safetensors>=0.5",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9,<5",
@@ -51,13 +53,19 @@ setup(
         "tpu": ["jax[tpu]"],
         "plan-gpu": ["jax[cuda12-local]"],
         "plan-tpu": ["jax[tpu]"],
+        # Molecules of one's own: formats, and geometries by GFN2-xTB.
+        "parquet": ["pyarrow>=16"],
+        "hdf5": ["h5py>=3"],
+        "xtb": ["tblite>=0.4"],
         # Writers, for config.log.writers.
         "wandb": ["wandb>=0.30"],
         "mlflow": ["mlflow>=3"],
         "test": [
+            "h5py>=3",
             "hypothesis>=6",
             "kubeflow-trainer-api>=2",  # the public schema of JobSet, as Python types
             "pandas>=2",
+            "pyarrow>=16",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

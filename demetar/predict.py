@@ -4,8 +4,8 @@
     demetar predict CCO c1ccccc1O --model=MODEL      SMILES; a CSV to the terminal, or to --out
 
 MODEL is a name that ships (`demetar models ls`), the folder of a run, or a saved model. FILE is
-CSV, Parquet, SDF, xyz, extxyz, an ASE database, NPZ or HDF5; OUT is CSV, Parquet, SDF, extxyz or NPZ.
-OUT has the columns of FILE as they were, and `<target>_pred`, `ood` (percentile of the distance to
+CSV, Parquet, SDF, xyz, extxyz, an ASE database, NPZ or HDF5; OUT is CSV, Parquet, SDF, extxyz or
+NPZ. OUT has the columns of FILE as they were, and `<target>_pred`, `ood` (percentile of the distance to
 the training molecules), `geometry`, `status` and `message`. A row without a prediction says why
 in `status`, and changes nothing about the others.
 
