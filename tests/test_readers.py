@@ -483,10 +483,8 @@ def test_a_file_that_is_cut_off_gives_its_rows_and_then_one_refusal(
 def test_what_is_no_such_file_is_refused_whole(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"\x00\x01 this is no file of molecules \xff" * 5)
-    with pytest.raises(UserError, match=name.rpartition("/")[2]):
-        rows = list(read_rows(path))
-        assert any(row.refusal is None for row in rows)
-        raise AssertionError(rows)
+    with pytest.raises(UserError, match=name):
+        list(read_rows(path))
 
 
 def test_a_damaged_member_of_npz_is_a_refusal(tmp_path, monkeypatch):
