@@ -170,15 +170,25 @@ def _decode_records(data_dir: pathlib.Path, chunk: int = 512) -> dict[str, np.nd
     }
 
 
-def records_of(data_dir: pathlib.Path, doing: str, chunk: int = 512) -> Iterator[list[dict]]:
-    """The records of a preparation in chunks, SMILES included; `doing` names the progress bar."""
+def records_of(
+    data_dir: pathlib.Path, doing: str, chunk: int = 512, positions: np.ndarray | None = None
+) -> Iterator[list[dict]]:
+    """The records of a preparation in chunks, SMILES included.
+
+    Args:
+      data_dir: of the preparation.
+      doing: names the progress bar; "": there is none.
+      chunk: records read at once.
+      positions: of the molecules; None: all.
+    """
     import tensorflow_datasets as tfds
 
     (info_file,) = data_dir.glob("**/dataset_info.json")
     records = tfds.builder_from_directory(info_file.parent).as_data_source("molecules")
-    starts = range(0, len(records), chunk)
-    for start in tqdm(starts, doing, unit=f" x {chunk} molecules"):
-        yield records.__getitems__(list(range(start, min(start + chunk, len(records)))))
+    rows = range(len(records)) if positions is None else positions.tolist()
+    starts = range(0, len(rows), chunk)
+    for start in tqdm(starts, doing, unit=f" x {chunk} molecules", disable=not doing):
+        yield records.__getitems__(list(rows[start : start + chunk]))
 
 
 def _passport(molecules: MoleculeArrays, source: str, agreement: list[int]) -> dict:
