@@ -82,7 +82,7 @@ def test_real_filters_give_what_complex_ones_give():
     """On odd and on even axes, where the highest frequency is its own partner."""
     grid = np.asarray(density(*molecule(), SMALL))
     found = jax.jit(lambda grid: scatter(grid, SMALL))(grid)
-    for rho, (order_0, path) in zip(grid, found, strict=True):
+    for rho, order_0, path in zip(grid, *found, strict=True):
         sums = lambda u: np.array([(u**q).sum() for q in SMALL.powers])
         np.testing.assert_allclose(order_0, sums(rho), rtol=1e-12)
         for degree in range(SMALL.L + 1):

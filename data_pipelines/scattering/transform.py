@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -70,11 +71,8 @@ def coefficients(position_Nx3: Array, atomic_number_N: Array, scattering: Scatte
       atomic_number_N: [N]; 0 marks padding, whose position may be anything.
       scattering: the options.
     """
-    found = [
-        jnp.concatenate([order_0, path.ravel()])
-        for order_0, path in scatter(density(position_Nx3, atomic_number_N, scattering), scattering)
-    ]
-    return jnp.concatenate(found)
+    order_0, path = scatter(density(position_Nx3, atomic_number_N, scattering), scattering)
+    return jnp.concatenate([order_0, path.reshape(len(DENSITIES), -1)], axis=1).ravel()
 
 
 def density(position_Nx3: Array, atomic_number_N: Array, scattering: Scattering) -> Array:
@@ -99,13 +97,13 @@ def density(position_Nx3: Array, atomic_number_N: Array, scattering: Scattering)
     return flat.reshape(len(DENSITIES), *scattering.shape)
 
 
-def scatter(density_3xgrid: Array, scattering: Scattering) -> list[tuple[Array, Array]]:
-    """Of each density: order 0, `[powers]`; orders 1 and 2, `[paths, L + 1, powers]`."""
+def scatter(density_3xgrid: Array, scattering: Scattering) -> tuple[Array, Array]:
+    """Order 0, `[3, powers]`; orders 1 and 2, `[3, paths, L + 1, powers]`."""
     filters, degrees = _filters(scattering), range(scattering.L + 1)
     modulus = lambda hat, j, degree: _modulus(hat, filters[j, degree], scattering.shape)
     sums = lambda u: _sums(u, scattering.powers)
-    found = []
-    for rho in density_3xgrid:
+
+    def of_one(rho):
         rho_hat = jnp.fft.rfftn(rho)
         first = [[modulus(rho_hat, j, d) for d in degrees] for j in range(scattering.J + 1)]
         paths = [[sums(u) for u in row] for row in first]
@@ -113,8 +111,9 @@ def scatter(density_3xgrid: Array, scattering: Scattering) -> list[tuple[Array, 
             hats = [jnp.fft.rfftn(u) for u in row]
             for j2 in range(j1 + 1, scattering.J + 1):
                 paths.append([sums(modulus(hats[d], j2, d)) for d in degrees])
-        found.append((sums(rho), jnp.stack([jnp.stack(row) for row in paths])))
-    return found
+        return sums(rho), jnp.stack([jnp.stack(row) for row in paths])
+
+    return jax.vmap(of_one)(density_3xgrid)
 
 
 def _modulus(hat: Array, filters: np.ndarray, shape) -> Array:

@@ -22,9 +22,9 @@ class Coefficients:
         molecule = graph.position, graph.atomic_number, self.scattering
         grid = transform.density(*molecule)
         found = {"output": transform.coefficients(*molecule), "density_nuclear": grid[0]}
-        parts = transform.scatter(grid, self.scattering)
-        for name, (order_0, path) in zip(DENSITIES, parts, strict=True):
-            found |= {f"order_0_{name}": order_0, f"scattering_{name}": path}
+        order_0, path = transform.scatter(grid, self.scattering)
+        for number, name in enumerate(DENSITIES):
+            found |= {f"order_0_{name}": order_0[number], f"scattering_{name}": path[number]}
         return found, {"intermediates": {}}
 
 
