@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import readers
 from data_pipelines.molecules.check import ColumnFacts, Facts, Fault, check_file
+from data_pipelines.molecules.readers.fields import clean
 from data_pipelines.molecules.units import parse_column
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_USER_ERROR, exits_cleanly
@@ -97,7 +98,7 @@ def _report(path: str):
         with pathlib.Path(path).open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream, lineterminator="\n")
             table.writerow(["row", "status", "message"])
-            yield table.writerow
+            yield lambda fault: table.writerow([fault.row, fault.status, clean(fault.message)])
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error}. Choose another --report.") from error
 
@@ -131,7 +132,7 @@ def main(arguments: list[str]) -> int:
                 shown.append(fault)
 
         facts = check_file(options.file, targets, options.smiles, note)
-    print(describe(options.file, facts, shown, options.report))
+    print(clean(describe(options.file, facts, shown, options.report)))
     return EXIT_DONE if facts.usable else EXIT_USER_ERROR
 
 

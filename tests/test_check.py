@@ -86,6 +86,13 @@ def test_salts_and_odd_electrons_are_told(tmp_path):
     assert facts.notes == {"2 fragments": ([1], 1), "an odd number of electrons": ([2], 1)}
 
 
+def test_bytes_that_are_no_utf8_are_printed(tmp_path, capsys):
+    (tmp_path / "x.csv").write_bytes(b"smiles,caf\xe9\nC\xe9,1\nC,\xe9\n")
+    assert check.main([str(tmp_path / "x.csv"), f"--report={tmp_path / 'r.csv'}"]) == EXIT_DONE
+    said = capsys.readouterr().out
+    assert "column caf?" in said and "row 1: bad_smiles" in said
+
+
 def test_an_unknown_target_is_refused(tmp_path):
     with pytest.raises(UserError, match="no column 'hom'. Did you mean 'homo'"):
         look(write(tmp_path / "x.csv", GOOD), "hom:eV")

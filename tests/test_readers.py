@@ -337,6 +337,11 @@ def test_csv_bytes_that_are_no_utf8_come_out_again(tmp_path):
     assert (tmp_path / "out.csv").read_bytes() == b"smiles,name,p\nC,caf\xe9,1.5\n"
 
 
+def test_csv_in_utf16_says_so(tmp_path):
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        csv_rows(tmp_path, "smiles,homo\nC,1\n".encode("utf-16"))
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

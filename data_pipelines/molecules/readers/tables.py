@@ -8,7 +8,12 @@ from typing import Any
 
 from data_pipelines.errors import UserError, suggest
 from data_pipelines.molecules.readers import xyz
-from data_pipelines.molecules.readers.fields import Damaged, charge_and_multiplicity, open_text
+from data_pipelines.molecules.readers.fields import (
+    Damaged,
+    charge_and_multiplicity,
+    clean,
+    open_text,
+)
 from data_pipelines.molecules.record import Refusal, Row
 
 _XYZ = ("xyz", "xyz_path")  # names of a column of paths
@@ -74,6 +79,8 @@ def _header(lines, path: pathlib.Path) -> list[str]:
         header = [name.strip() for name in next(lines, [])]
     except csv.Error as error:
         raise Damaged(f"line 1: {error}") from error
+    if "\0" in "".join(header):
+        raise Damaged("it has bytes 0, as UTF-16 has: save it as UTF-8")
     if not any(header):
         raise UserError(f"{path} has no header: name its columns in the first line.")
     repeated = sorted({name for name in header if header.count(name) > 1})
@@ -160,7 +167,7 @@ class _Builder:
 
     def row(self, number: int, columns: dict[str, Any]) -> Row:
         """The row of one line."""
-        smiles = str(columns[self._smiles] or "").strip() if self._smiles else ""
+        smiles = clean(str(columns[self._smiles] or "")).strip() if self._smiles else ""
         path = str(columns[self._xyz] or "").strip() if self._xyz else ""
         if not smiles and not path:
             blank = " and ".join(repr(n) for n in (self._smiles, self._xyz) if n)
