@@ -18,6 +18,7 @@ Some weights of the last block make vectors that nothing reads. They are paramet
 so that their number is the published one.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models import ops
@@ -175,7 +177,7 @@ class _Attention(nn.Module):
         weight_MxH = nn.Dropout(self.dropout, deterministic=deterministic)(weight_MxH)
 
         hidden = _gate(_Linear(_with_gates(widths), name="hidden")(pair))
-        sizes = [widths[l] for l, _, _ in _paths(len(widths))]
+        sizes = [widths[l1] for l1, _, _ in _paths(len(widths))]
         plain = self.param("product", nn.initializers.normal(1.0), (sum(sizes),))
         plain = _split(plain.astype(basis_ExK.dtype), sizes)
         value_widths = tuple(self.num_heads * width for width in self.head_widths)
@@ -209,8 +211,8 @@ class _Degree(nn.Module):
         # Lin of a sum instead of a sum of Lin: each neighbour brings its bias.
         sums = [x * start_C.astype(dtype) for x in _sum_at_receiver(messages, pairs)]
         fan_in = [0] * len(self.widths)
-        for l, _, k in _paths(len(self.widths)):
-            fan_in[k] += self.widths[l]
+        for l1, _, l3 in _paths(len(self.widths)):
+            fan_in[l3] += self.widths[l1]
         linear = _Linear(self.widths, use_bias=False, fan_in=tuple(fan_in), name="out")
         first, *others = linear(sums)
         bias_C = self.param("bias", nn.initializers.zeros, self.widths[:1]).astype(dtype)
@@ -256,7 +258,7 @@ class _Radial(nn.Module):
                 epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=f"norm_{i}"
             )
             x = nn.silu(norm(x))
-        sizes = [self.widths[l] for l, _, _ in _paths(len(self.widths))]
+        sizes = [self.widths[l1] for l1, _, _ in _paths(len(self.widths))]
         init = _uniform(x.shape[-1])
         x = Dense(sum(sizes), use_bias=False, dtype=dtype, kernel_init=init, name="out")(x)
         x += self.param("offset", init, (sum(sizes),)).astype(dtype)
@@ -326,31 +328,29 @@ def _pairs(graph: Graph, cutoff: float, num_orders: int, dtype):
     near_Ex1 = (r_E < cutoff).astype(r_E.dtype)[:, None]
     messages = messages.replace(mask_Mx1=messages.mask_Mx1 * messages.of_edge(near_Ex1))
     couplings = {}
-    for l, j, k in _paths(num_orders):
-        matrix = math.sqrt(2 * k + 1) * clebsch_gordan(l, j, k)
-        harmonics = spherical_harmonics(j, d_Ex3)
-        of_edge = jnp.einsum("ej,ljk->elk", harmonics, jnp.asarray(matrix, r_E.dtype))
-        both = jnp.concatenate([of_edge, (-1) ** j * of_edge])
-        couplings[l, j, k] = both.astype(dtype)
+    for l1, l2, l3 in _paths(num_orders):
+        matrix = jnp.asarray(math.sqrt(2 * l3 + 1) * clebsch_gordan(l1, l2, l3), r_E.dtype)
+        of_edge = jnp.einsum("ej,ljk->elk", spherical_harmonics(l2, d_Ex3), matrix)
+        couplings[l1, l2, l3] = jnp.concatenate([of_edge, (-1) ** l2 * of_edge]).astype(dtype)
     return messages, r_E, couplings
 
 
 def _product(features: Features, couplings: Couplings, weights: Sequence[Array]) -> Features:
     """D(h, Y; w), `[M, 2 k + 1, channels]` of every k, the channels path by path."""
     products = [[] for _ in features]
-    for (l, _, k), w_MxC in zip(_paths(len(features)), weights, strict=True):
-        coupling, x = couplings[l, _, k], features[l]
-        # Summed over m one by one, without an array over m and m'.
-        terms = (coupling[:, m, :, None] * x[:, m, None] for m in range(2 * l + 1))
-        products[k].append(sum(terms) * w_MxC[..., None, :])
+    for path, w_MxC in zip(_paths(len(features)), weights, strict=True):
+        l1, l2, l3 = path
+        product = features[l1]
+        if l2 > 0:  # Y_0 is 1
+            product = jnp.einsum("mab,mac->mbc", couplings[path], product)
+        products[l3].append(product * w_MxC[..., None, :])
     return [jnp.concatenate(parts, axis=-1) for parts in products]
 
 
 def _paths(num_orders: int) -> list[tuple[int, int, int]]:
-    """(l, j, k) such that orders l and j couple to k."""
-    orders = range(num_orders)
-    every = ((l, j, k) for l in orders for j in orders for k in orders)
-    return [(l, j, k) for l, j, k in every if abs(l - j) <= k <= l + j]
+    """(l1, l2, l3) such that orders l1 and l2 couple to l3."""
+    every = itertools.product(range(num_orders), repeat=3)
+    return [(l1, l2, l3) for l1, l2, l3 in every if abs(l1 - l2) <= l3 <= l1 + l2]
 
 
 def _sum_at_receiver(messages: Messages, features: Features) -> Features:
@@ -380,8 +380,7 @@ def _add(features: Features, change: Features) -> Features:
 
 def _split(x: Array, sizes: Sequence[int]) -> list[Array]:
     """The last axis in parts."""
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [x[..., a : a + size] for a, size in zip(starts, sizes, strict=True)]
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)
 
 
 def _uniform(fan_in: int):
