@@ -5,9 +5,9 @@
 
 MODEL is a name that ships (`demetar models ls`), the folder of a run, or a saved model. FILE is
 CSV, Parquet, SDF, xyz, extxyz, an ASE database, NPZ or HDF5; OUT is CSV, Parquet, SDF, extxyz or
-NPZ. OUT has the columns of FILE as they were, and `<target>_pred`, `ood` (percentile of the distance to
-the training molecules), `geometry`, `status` and `message`. A row without a prediction says why
-in `status`, and changes nothing about the others.
+NPZ. OUT has the columns of FILE as they were, and `<target>_pred`, `ood` (percentile of the
+distance to the training molecules), `geometry`, `status` and `message`. A row without a prediction
+says why in `status`, and changes nothing about the others.
 
 The same command goes on after a kill, with the same output. As several tasks of a SLURM or MPI job
 it divides the rows. Exit code 3: no row has a prediction.
