@@ -466,6 +466,18 @@ def test_hdf5_by_formula_in_bohr(tmp_path):
     np.testing.assert_allclose(rows[2].positions, 0.529177, atol=1e-6)
 
 
+def test_hdf5_of_symbols_and_letters(tmp_path):
+    """As ANI-1: groups in groups, species and SMILES as arrays of text."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        group = file.create_group("gdb11_s01/gdb11_s01-0")
+        group["species"] = np.array([b"C", b"O"])
+        group["smiles"] = np.array([b"[C-]", b"#", b"[O+]"])
+        group["coordinates"], group["energies"] = np.ones((3, 2, 3)), np.arange(3.0)
+    rows = list(read_rows(tmp_path / "x.h5"))
+    assert [row.atomic_numbers.tolist() for row in rows] == [[6, 8]] * 3
+    assert rows[2].smiles == "[C-]#[O+]" and rows[2].columns["energies"] == 2.0
+
+
 # --- damage --------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,8 @@ class _Kinds:
         member = self._members[name]
         length, rest = (member.shape or (0,))[0], member.shape[1:]
         vector = name.lower() in VECTORS
+        if self.fixed_numbers and name.lower() == "smiles":
+            return "shared"  # of one molecule; ANI stores it by letters, of any number
         if member.shape and length == self.count:
             shapes = ((self.width,), (self.width, 3), (self.width, 1))
             node = not self.flat and rest in shapes and not vector and self.width > 1
@@ -217,7 +219,8 @@ def _numbers(values: np.ndarray) -> np.ndarray:
 def _value(value) -> Any:
     """One value of a molecule; of text that is stored by letters, the text."""
     if np.ndim(value) and np.asarray(value).dtype.kind in "SUO":
-        return "".join(plain(part) or "" for part in np.asarray(value).reshape(-1)) or None
+        parts = [plain(part) or "" for part in np.asarray(value).reshape(-1)]
+        return ("".join(parts) if len(set(parts)) > 1 else parts[0]) or None
     if np.shape(value) == (1,):
         value = value[0]
     return plain(value)
