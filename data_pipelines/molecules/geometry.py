@@ -89,23 +89,24 @@ def _canonical(molecule):
     return full, place
 
 
+# Options of RDKit in the order in which they are tried, and what a person is told. Without
+# enforcement, strained rings are found that the first misses; their stereo is looked at after.
+_TRIALS = (
+    ({}, ()),
+    ({"enforceChirality": False}, ("embedded without enforcing stereo, which came out right",)),
+    ({"useRandomCoords": True}, ("embedded from random coordinates",)),
+    (
+        {"useRandomCoords": True, "useExpTorsionAnglePrefs": False, "useBasicKnowledge": False},
+        ("embedded by distances alone",),
+    ),
+)
+
+
 def _embed(molecule) -> tuple[str, ...]:
     from rdkit.Chem import rdDistGeom
 
     start = time.monotonic()
-    trials = (
-        ({}, ()),
-        ({"useRandomCoords": True}, ("embedded from random coordinates",)),
-        (
-            {
-                "useRandomCoords": True,
-                "useExpTorsionAnglePrefs": False,
-                "useBasicKnowledge": False,
-            },
-            ("embedded by distances alone",),
-        ),
-    )
-    for options, notes in trials:
+    for options, notes in _TRIALS:
         left = TIME_LIMIT - (time.monotonic() - start)
         if left < 1:
             break
@@ -118,7 +119,7 @@ def _embed(molecule) -> tuple[str, ...]:
             made = rdDistGeom.EmbedMolecule(molecule, parameters) == 0
         except (ValueError, RuntimeError):  # an atom that RDKit has no distances for
             made = False
-        if made:
+        if made and (parameters.enforceChirality or _has_its_stereo(molecule)):
             _part_fragments(molecule)
             return notes
     smiles = rdkit().MolToSmiles(rdkit().RemoveHs(molecule))
@@ -127,6 +128,20 @@ def _embed(molecule) -> tuple[str, ...]:
         "no_conformer",
         f"RDKit finds no geometry of {smiles}{late}: give one in the file (SDF, xyz).",
     )
+
+
+def _has_its_stereo(molecule) -> bool:
+    """Whether the geometry has the stereo that the molecule states."""
+    Chem = rdkit()
+    found = Chem.Mol(molecule)
+    Chem.AssignStereochemistryFrom3D(found)
+    for ours, theirs in zip(molecule.GetAtoms(), found.GetAtoms(), strict=True):
+        if ours.GetChiralTag() == Chem.ChiralType.CHI_UNSPECIFIED:
+            theirs.SetChiralTag(Chem.ChiralType.CHI_UNSPECIFIED)
+    for ours, theirs in zip(molecule.GetBonds(), found.GetBonds(), strict=True):
+        if ours.GetStereo() == Chem.BondStereo.STEREONONE:
+            theirs.SetStereo(Chem.BondStereo.STEREONONE)
+    return Chem.MolToSmiles(found) == Chem.MolToSmiles(molecule)
 
 
 def _part_fragments(molecule) -> None:
