@@ -179,6 +179,20 @@ def test_the_orientation_in_the_file_does_not_matter(dataset, tmp_path):
     assert different.sum() < 10
 
 
+def test_all_of_qm9_fits_the_default_grid():
+    """The largest reaches along the principal axes, of molecules 116821, 108680 and 58062."""
+    scattering = features.make_scattering(features.DEFAULTS)
+    reach = np.array([7.391, 4.439, 3.484]) * scattering.pixels_per_angstrom
+    assert (2 * (reach + features._MARGIN * scattering.sigma) <= scattering.shape).all()
+
+
+def test_features_are_float32_whatever_the_model_computes_in():
+    x, z = molecule()
+    with jax.enable_x64(True):
+        shape = jax.eval_shape(lambda x: coefficients(x, z, SMALL), x.astype(np.float32))
+    assert shape.dtype == np.float32
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
