@@ -183,12 +183,13 @@ def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pat
     parts.mkdir(exist_ok=True)
     done = len(list(parts.glob("[0-9]*.npz")))  # written in order, each whole or absent
     rows = itertools.islice(_rows(request.paths, request.smiles), done * ROWS_OF_A_PART, None)
-    made = tqdm(
+    bar = tqdm(
         map_rows(functools.partial(_prepare_row, request), rows),
         "Preparing molecules",
         unit=" rows",
         initial=done * ROWS_OF_A_PART,
     )
+    made = iter(bar)  # once: a bar that is iterated a third time is empty
     for number in itertools.count(done):
         if not (chunk := list(itertools.islice(made, ROWS_OF_A_PART))):
             break

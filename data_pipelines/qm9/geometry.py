@@ -146,7 +146,7 @@ def _build(how, source: pathlib.Path, molecules, wanted_g, parts: pathlib.Path, 
     done = len(files) * _MOLECULES_OF_A_PART
     rows = _rows(source, molecules, wanted_g[done:])
     # Called by its own name, so that the processes import nothing of a data set, and no JAX.
-    made = tqdm(
+    bar = tqdm(
         map_rows(functools.partial(make_molecule, geometry=how), rows),
         f"Making {how} geometries of QM9",
         total=len(wanted_g),
@@ -154,6 +154,7 @@ def _build(how, source: pathlib.Path, molecules, wanted_g, parts: pathlib.Path, 
         unit=" molecules",
         mininterval=1.0,
     )
+    made = iter(bar)  # once: a bar that is iterated a third time is empty
     for number in itertools.count(len(files)):
         if not (chunk := list(itertools.islice(made, _MOLECULES_OF_A_PART))):
             break
@@ -162,6 +163,7 @@ def _build(how, source: pathlib.Path, molecules, wanted_g, parts: pathlib.Path, 
         np.savez(building, **_columns(index, chunk))
         building.rename(parts / f"{number:06}.npz")
     arrays, failed = _join(sorted(parts.glob("[0-9]*.npz")))
+    assert len(arrays["index"]) + len(failed) == len(wanted_g)
     write(folder, arrays, _passport(how, arrays, failed))
     shutil.rmtree(parts)
 
