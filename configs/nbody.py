@@ -12,7 +12,8 @@ demetar/config/defaults.py; every key can be set: `--config.seed=1`.
 
 Protocols: `egnn`, unless another is named; `blog`, of the DEMETAr post; `fuchs`; `general`.
 Models: `e3`, unless another is named; `egnn`; of the post `not_equivariant`, `translation`, `com`,
-`velocity`, `node_only`, `edge_cross`; and `linear`, `deep_set`, `set_transformer`.
+`velocity`, `node_only`, `edge_cross`; `linear`, `deep_set`, `set_transformer`; and `tfn`,
+`se3_transformer`, which have protocol `fuchs` and learn velocities too, as published.
 
 Hardware: two CPU cores. Results: docs/results/nbody.md.
 """
@@ -39,6 +40,14 @@ _MODELS = {
     "linear": {"name": "linear"},
     "deep_set": {"name": "deep_set", "width": 128, "num_layers": 3},
     "set_transformer": {"name": "set_transformer", "width": 64, "num_heads": 4, "num_layers": 3},
+    "tfn": {"name": "tfn", "width": 8, "num_layers": 4},
+    "se3_transformer": {
+        "name": "se3_transformer",
+        "width": 8,
+        "num_layers": 4,
+        "num_heads": 2,
+        "division": 4,
+    },
     "not_equivariant": _POST | {"equivariance": "none"},
     "translation": _POST | {"equivariance": "translation"},
     "com": _POST | {"equivariance": "com"},
@@ -46,6 +55,7 @@ _MODELS = {
     "node_only": _POST | {"cross_attention": False, "edge_layers": 0, "joint_layers": 3},
     "edge_cross": _POST | {"edge_layers": 0, "joint_layers": 2},
 }
+_PUBLISHED = ("tfn", "se3_transformer")  # with the training of Fuchs et al. 2020
 _PROTOCOLS = ("blog", "fuchs", "general")  # "egnn" is the default, and the name of a model
 
 
@@ -62,6 +72,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if len(models) > 1 or len(protocols) > 1:
         raise ValueError(f"at most one model and one protocol can be named, not {', '.join(words)}")
     config = _full(*models or ["e3"])
+    if not set(models).isdisjoint(_PUBLISHED):
+        _as_published(config)
     if protocols:
         config.data.protocol = protocols[0]
     for word, change in variants.items():  # smoke last: it has a protocol of its own
@@ -88,6 +100,15 @@ def _full(model: str) -> ConfigDict:
             "mesh": {"cpu_devices": 2},
         }
     )
+
+
+def _as_published(config: ConfigDict) -> None:
+    """Both outputs learned, Adam, cosine to a tenth, 500 epochs."""
+    config.data.update({"protocol": "fuchs", "targets": ("position", "velocity")})
+    config.data.batch_size = 128
+    config.optim = ConfigDict({"name": "adam", "learning_rate": 1e-3, "final_fraction": 0.1})
+    config.optim.update({"warmup_steps": 0, "clip_norm": 0.0, "ema_decay": 0.0})
+    config.train.num_steps = 19_500
 
 
 def _quick(config: ConfigDict) -> None:

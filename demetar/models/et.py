@@ -38,6 +38,7 @@ from demetar.models.layers import (
     Embed,
     Messages,
     cosine_cutoff,
+    mean_of_nodes,
     messages_of,
     safe_norm,
 )
@@ -82,7 +83,9 @@ class Et(GraphModel):
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
         pairs = _pairs_of(graph, self.cutoff, self.num_radial, self.dtype)
-        x_NxD = _Embedding(self.width, self.dtype, name="embedding")(graph.atomic_number, pairs)
+        x_NxD = _Embedding(self.width, self.dtype, name="atom_embedding")(
+            graph.atomic_number, pairs
+        )
         v_Nx3xD = None
         for number in range(self.num_layers):
             layer = _Layer(self.num_heads, self.vector_cutoff, name=f"layer_{number}")
@@ -91,13 +94,13 @@ class Et(GraphModel):
             v_Nx3xD = v_change_Nx3xD if v_Nx3xD is None else v_Nx3xD + v_change_Nx3xD
         x_NxD = _norm(self.dtype, "norm")(x_NxD)
         x_NxD, v_Nx3xD = _Gated(self.width // 2, last=False, name="gated_0")(x_NxD, v_Nx3xD)
+        self.keep_embedding(lambda: mean_of_nodes(graph, x_NxD))
         value_NxT, _ = _Gated(len(self.targets), last=True, name="gated_1")(x_NxD, v_Nx3xD)
-        value_NxT = jnp.where(graph.node_mask[:, None], value_NxT, 0)
-        sum_T = value_NxT.astype(graph.position.dtype).sum(axis=0)
-        count = jnp.maximum(graph.node_mask.sum(), 1)
+        value_NxT = value_NxT.astype(graph.position.dtype)
+        mean_T, num_nodes = mean_of_nodes(graph, value_NxT), graph.node_mask.sum()
         return {
-            target.name: value / count if target.readout == "mean" else value
-            for target, value in zip(self.targets, sum_T, strict=True)
+            target.name: mean if target.readout == "mean" else mean * num_nodes
+            for target, mean in zip(self.targets, mean_T, strict=True)
         }
 
 

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
 from demetar.models.egnn import _atom_features, _linear
-from demetar.models.layers import safe_norm
+from demetar.models.layers import mean_of_nodes, safe_norm
 
 _MIN_VARIANCE = 1e-5
 _WEIGHT_WIDTHS = (32, 32, 16)  # of the MLP of relative positions
@@ -68,17 +68,17 @@ class LieConv(GraphModel):
         shift_NxNx3 = (x_Nx3[:, None] - x_Nx3).astype(self.dtype)
         near_NxN = _candidates(graph) & (safe_norm(x_Nx3[:, None] - x_Nx3) < self.radius)
         features = _atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
-        h_NxD = _linear(self.width, features.shape[-1], self.dtype, "embedding")(features)
+        h_NxD = _linear(self.width, features.shape[-1], self.dtype, "atom_embedding")(features)
         for number in range(self.num_layers):
             block = _Block(self.batch_axis, name=f"block_{number}")
             h_NxD = block(h_NxD, shift_NxNx3, mask_N, near_NxN)
         h_NxD = nn.swish(_Norm(self.batch_axis, name="norm")(h_NxD, mask_N))
+        self.keep_embedding(lambda: mean_of_nodes(graph, h_NxD))
         value_NxT = _linear(len(self.targets), self.width, self.dtype, "head")(h_NxD)
-        sum_T = jnp.where(mask_N[:, None], value_NxT, 0).astype(x_Nx3.dtype).sum(axis=0)
-        count = jnp.maximum(mask_N.sum(), 1)
+        mean_T = mean_of_nodes(graph, value_NxT.astype(x_Nx3.dtype))
         return {
-            target.name: value / count if target.readout == "mean" else value
-            for target, value in zip(self.targets, sum_T, strict=True)
+            target.name: mean if target.readout == "mean" else mean * mask_N.sum()
+            for target, mean in zip(self.targets, mean_T, strict=True)
         }
 
 

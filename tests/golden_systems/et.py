@@ -55,7 +55,7 @@ def official(params, golden, meta):
     def norm(name, ours):
         flat[f"{name}.weight"], flat[f"{name}.bias"] = ours["scale"], ours["bias"]
 
-    body, embedding = "representation_model.", params["embedding"]
+    body, embedding = "representation_model.", params["atom_embedding"]
     flat[f"{body}embedding.weight"] = embedding["element"]["table"]
     flat[f"{body}neighbor_embedding.embedding.weight"] = embedding["other_element"]["table"]
     dense(body, EMBEDDING, embedding)
@@ -77,7 +77,7 @@ def _parts_in_heads(x, heads):
 
 def layers(captured, predictions, batch, golden, meta):
     found = {
-        "neighbor_embedding": intermediate(captured, "embedding"),
+        "neighbor_embedding": intermediate(captured, "atom_embedding"),
         "out_norm": intermediate(captured, "norm"),
         "atom": intermediate(captured, "gated_1")[0],
     }

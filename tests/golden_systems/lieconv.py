@@ -40,7 +40,7 @@ def official(params, golden, meta):
     def dense(name, ours):
         flat[f"{name}.weight"], flat[f"{name}.bias"] = ours["kernel"].T, ours["bias"]
 
-    dense("net.0.module", params["embedding"])
+    dense("net.0.module", params["atom_embedding"])
     dense(f"net.{last + 2}.module", params["head"])
     for name, path in norms(meta).items():
         ours = at(params, path)
@@ -80,7 +80,7 @@ def variables(golden, meta):
 
 
 def layers(captured, predictions, batch, golden, meta):
-    found = {"net_0": intermediate(captured, "embedding")}
+    found = {"net_0": intermediate(captured, "atom_embedding")}
     for number in range(meta["options"]["num_layers"]):
         found[f"conv_{number}"] = intermediate(captured, f"block_{number}/convolution")
         found[f"net_{number + 1}"] = intermediate(captured, f"block_{number}")
