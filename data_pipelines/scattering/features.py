@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 
 import jax
 import numpy as np
@@ -148,7 +149,7 @@ def _build(scattering: Scattering, molecules, parts: pathlib.Path, folder: pathl
             if not file.exists():
                 rows = slice(start, start + _PART)
                 found = _compute(scattering, positions_GxNx3[rows], numbers_GxN[rows], threads, bar)
-                unfinished = file.with_suffix(".unfinished")
+                unfinished = file.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
                 with unfinished.open("wb") as stream:
                     np.save(stream, found)
                 unfinished.rename(file)
