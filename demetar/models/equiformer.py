@@ -201,7 +201,7 @@ class _Degree(nn.Module):
         dtype = basis_ExK.dtype
         # Lin of the number 1.
         start_C = self.param("start", nn.initializers.normal(1.0), self.widths[:1])
-        start_C += self.param("start_bias", nn.initializers.zeros, self.widths[:1])
+        start_C = start_C + self.param("start_bias", nn.initializers.zeros, self.widths[:1])
         weights = _Radial(self.widths, self.radial_widths, name="radial")(basis_ExK)
         # Every atom sends the same scalars, and no vectors: the first path to each order is left.
         pairs = [
