@@ -11,6 +11,7 @@ its SMILES was written. (One limit is the clock: what takes longer than `TIME_LI
 """
 
 import functools
+import os
 import time
 
 import numpy as np
@@ -188,6 +189,8 @@ def _force_field(molecule) -> tuple[str, ...]:
 
 @functools.cache
 def _tblite():
+    # Its threads cost a hundred times what they save on a small molecule.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         from tblite.ase import TBLite
     except ImportError as error:

@@ -137,7 +137,6 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(pipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # every core has a worker already
 
     def watch():
         with contextlib.suppress(EOFError, OSError):
