@@ -159,12 +159,30 @@ def test_config_files_import_nothing_of_the_project(file):
 
 
 def test_variants_of_qm9_combine_in_any_order():
-    for words in (("quick", "U0"), ("egnn", "quick"), ("large", "smoke"), ("egnn", "gap")):
+    pairs = [("quick", "U0"), ("egnn", "quick"), ("large", "smoke"), ("egnn", "gap")]
+    for words in [*pairs, ("et", "quick"), ("smoke", "schnet", "U0")]:
         variants = [",".join(order) for order in itertools.permutations(words)]
         assert load_config(f"qm9:{variants[0]}") == load_config(f"qm9:{variants[1]}")
     energy, other = load_config("qm9:quick,U0"), load_config("qm9:quick,gap")
     assert energy.optim.learning_rate == other.optim.learning_rate / 2
     assert energy.optim.weight_decay == 0 < other.optim.weight_decay
+
+
+SYSTEMS = "schnet nmp et tfn se3_transformer equiformer cormorant lieconv".split()
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_published_system_has_small_variants(name):
+    full, quick, smoke = (load_config(f"qm9:{name}{more}") for more in ("", ",quick", ",smoke"))
+    assert {c.model.name for c in (full, quick, smoke)} == {name}
+    assert full.train.num_steps > quick.train.num_steps > smoke.train.num_steps
+    # The task, its loss and the optimizer stay; the schedule ends with the run.
+    for small in (quick, smoke):
+        assert small.optim.name == full.optim.name and small.optim.schedule == "cosine"
+        assert small.optim.learning_rate == full.optim.learning_rate
+        assert (small.train.loss, small.data.edges) == (full.train.loss, full.data.edges)
+    energy = load_config(f"qm9:{name},U0")
+    assert energy.optim == full.optim and energy.data.targets == ("U0",)
 
 
 def test_a_path_and_a_name_are_the_same_config(monkeypatch, tmp_path):
@@ -201,9 +219,9 @@ def test_a_file_that_fails_says_where(tmp_path, source, message):
     [
         ("qm8", "Did you mean 'qm9'?"),
         ("configs/nbdy.py:quick", "Did you mean 'nbody'?"),
-        ("qm9:quik", "no variant 'quik'; known: egnn, large, wide, quick, smoke"),
+        ("qm9:quik", "no variant 'quik'; known: egnn, schnet, nmp, et, tfn"),
         ("nbody:egnn,linear", "at most one model"),
-        ("setup.cfg", "By name: nbody, qm9; a path must end in .py"),
+        ("setup.cfg", "nbody, qm9; a path must end in .py"),
     ],
 )
 def test_a_config_that_is_not_there(name, message):
