@@ -5,10 +5,10 @@
     atoms.calc.results["U0"]                             # the target in its own unit
 
 Forces are the negative gradient of the predicted energy by the positions: exact for the model, and
-worth what it knows of geometries beside minima. A model that was trained on relaxed molecules alone,
-as QM9 has them, has never seen a force. Bonds are found at the first call for an `Atoms` and then
-kept, so that stretching one does not change its type. With edges by distance (`cutoff`) a pair that
-comes within the cutoff makes the energy jump, unless the model itself fades out there.
+worth what it knows of geometries beside minima: a model that was trained on relaxed molecules alone
+has never seen a force. Bonds are found at the first call for an `Atoms` and then kept, so that
+stretching one does not change its type. With edges by distance (`cutoff`) a pair that comes within
+the cutoff makes the energy jump, unless the model itself fades out there.
 """
 
 import dataclasses
@@ -96,7 +96,7 @@ class Calculator(AseCalculator):
             refusal = made if isinstance(made, Refusal) else self.model.refusal(made)
             if refusal:
                 raise UserError(f"{atoms.get_chemical_formula()}: {refusal.message}")
-            forget = lambda _, key=id(atoms): self._frozen.pop(key, None)
+            forget = functools.partial(self._frozen.pop, id(atoms))  # a later Atoms may have its id
             self._frozen[id(atoms)] = weakref.ref(atoms, forget), now, made
             molecule = made
         return dataclasses.replace(molecule, positions=atoms.positions.copy())

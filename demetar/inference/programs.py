@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.graph import Array, Graph
 from demetar.models import predict
-from demetar.models.base import GraphModel
+from demetar.models.base import KEPT, GraphModel
 
 
 def embed(network: GraphModel, params, batch: Graph) -> Array | None:
@@ -22,7 +22,7 @@ def embed(network: GraphModel, params, batch: Graph) -> Array | None:
 
     def one(graph):
         _, kept = network.apply({"params": params}, graph, mutable=["intermediates"])
-        return kept.get("intermediates", {}).get("embedding")
+        return kept.get("intermediates", {}).get(KEPT)
 
     kept = jax.vmap(one)(batch)
     return None if kept is None else kept[0]

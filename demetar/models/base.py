@@ -12,6 +12,8 @@ from data_pipelines.targets import Target
 
 # What `symmetries` may name: positions turn, reflect and shift with the input, velocities turn and
 # reflect, and all other targets stay; nodes may come in any order.
+KEPT = "kept_embedding"  # a name that no layer of a model has
+
 SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
 
 
@@ -56,7 +58,7 @@ class GraphModel(nn.Module):
         A function, because a training program must have nothing of it, not even unused.
         """
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "embedding", embedding_D())
+            self.sow("intermediates", KEPT, embedding_D())
 
     def check(self) -> None:
         """Refuses options that do not fit each other; a subclass extends it."""
