@@ -267,8 +267,9 @@ def test_missing_hydrogens_are_seen_by_the_smiles(tmp_path):
 
 
 def test_stereo_comes_from_the_geometry(tmp_path):
-    (row,) = sdf_rows(tmp_path, block("C[C@@H](O)F") + "$$$$\n")
-    assert row.smiles == "C[C@@H](O)F"
+    for smiles in ("C[C@@H](O)F", "C/C=C\\F", "CC(C)C", "CCS(C)(=O)=O"):
+        (row,) = sdf_rows(tmp_path, block(smiles) + "$$$$\n")
+        assert row.smiles == smiles
 
 
 def test_properties_of_several_lines_crlf_and_titles(tmp_path):
@@ -494,6 +495,17 @@ def test_a_file_that_is_cut_off_gives_its_rows_and_then_one_refusal(
     assert 3 <= len(rows) <= 7 and rows[-1].number == len(rows)
     assert [row.refusal is None for row in rows] == [True] * (len(rows) - 1) + [False]
     assert rows[-1].refusal.status == "bad_row"
+
+
+def test_a_number_that_is_cut_off_is_no_row(tmp_path):
+    numbers = np.random.default_rng(0).normal(size=5000)
+    text = "smiles,y\n" + "".join(f"C,{y!r}\n" for y in numbers.tolist())
+    content = gzip.compress(text.encode(), mtime=0)
+    for cut in (len(content) // 2, len(content) - 20):
+        (tmp_path / "x.csv.gz").write_bytes(content[:cut])
+        *good, last = read_rows(tmp_path / "x.csv.gz")
+        assert len(good) > 1000 and "cut off" in last.refusal.message
+        assert [float(row.columns["y"]) for row in good] == numbers[: len(good)].tolist()
 
 
 @pytest.mark.parametrize("name", FILES)

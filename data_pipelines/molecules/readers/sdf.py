@@ -131,17 +131,15 @@ def _molecule(text: str) -> dict:
         raise ValueError("it has no 'M  END'")
     block = clean(text[: end + 7])
     with rdBase.BlockLogs():
-        molecule = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+        molecule = Chem.MolFromMolBlock(block, removeHs=False)
         if molecule is None:
-            raise ValueError("its table of atoms and bonds is not as the format says")
-        Chem.SanitizeMol(molecule)
+            molecule = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+            if molecule is None:
+                raise ValueError("its table of atoms and bonds is not as the format says")
+            Chem.SanitizeMol(molecule)  # raises, and says why
         positions = molecule.GetConformer().GetPositions()
-        flat = not positions[:, 2].any()
-        if flat and "3D" not in block.split("\n", 2)[1][20:22]:
+        if not positions[:, 2].any() and "3D" not in block.split("\n", 2)[1][20:22]:
             positions = None
-            Chem.AssignStereochemistry(molecule, cleanIt=True, force=True)
-        else:
-            Chem.AssignStereochemistryFrom3D(molecule)
         smiles = Chem.MolToSmiles(Chem.RemoveHs(molecule, sanitize=False))
     order = Chem.GetAdjacencyMatrix(molecule, useBO=True)
     i, j = np.nonzero(order)
