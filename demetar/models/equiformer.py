@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.graph import Array, Graph, without_padding_values
-from demetar.models import ops
 from demetar.models.base import GraphModel
 from demetar.models.layers import Dense, Messages, messages_of, safe_norm
 from demetar.models.spherical import clebsch_gordan, spherical_harmonics
@@ -208,13 +207,15 @@ class _Degree(nn.Module):
             couplings[0, k, k][:, 0, :, None] * messages.of_edge(weights[k])[:, None]
             for k in range(len(self.widths))
         ]
-        # Lin of a sum instead of a sum of Lin: each neighbour brings its bias.
-        sums = [x * start_C.astype(dtype) for x in _sum_at_receiver(messages, pairs)]
         fan_in = [0] * len(self.widths)
         for l1, _, l3 in _paths(len(self.widths)):
             fan_in[l3] += self.widths[l1]
-        linear = _Linear(self.widths, use_bias=False, fan_in=tuple(fan_in), name="out")
-        first, *others = linear(sums)
+        sums = [
+            jnp.pad(x * start_C.astype(dtype), [(0, 0), (0, 0), (0, size - x.shape[-1])])
+            for x, size in zip(_sum_at_receiver(messages, pairs), fan_in, strict=True)
+        ]
+        # Lin of a sum instead of a sum of Lin: each neighbour brings its bias.
+        first, *others = _Linear(self.widths, use_bias=False, name="out")(sums)
         bias_C = self.param("bias", nn.initializers.zeros, self.widths[:1]).astype(dtype)
         first += (messages.count_Nx1.astype(dtype) * bias_C)[:, None]
         return [x / math.sqrt(self.average_degree) for x in (first, *others)]
@@ -266,37 +267,19 @@ class _Radial(nn.Module):
 
 
 class _Linear(nn.Module):
-    """Lin: the channels of each order to `widths`, with a bias of scalars.
-
-    The kernel is one vector, order by order. With `fan_in`, the features are the first of that
-    many channels, and the others are 0.
-    """
+    """Lin: the channels of each order to `widths`, as many orders as these; scalars get a bias."""
 
     widths: tuple[int, ...]
     use_bias: bool = True
-    fan_in: tuple[int, ...] | None = None
 
     @nn.compact
     def __call__(self, features: Features) -> Features:
-        fan_in = self.fan_in or tuple(x.shape[-1] for x in features)
-        shapes = list(zip(fan_in, self.widths, strict=False))  # fewer orders may come out
-        sizes = [rows * columns for rows, columns in shapes]
-
-        def draw(key, shape):
-            parts = _split(jax.random.normal(key, shape), sizes)
-            return jnp.concatenate(
-                [x / math.sqrt(rows) for x, (rows, _) in zip(parts, shapes, strict=True)]
-            )
-
-        dtype = features[0].dtype
-        kernel = self.param("kernel", draw, (sum(sizes),)).astype(dtype)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         mixed = []
-        for x, part, shape in zip(features, _split(kernel, sizes), shapes, strict=False):
-            rows = x.reshape(-1, x.shape[-1])
-            y = ops.matmul(rows, part.reshape(shape)[: x.shape[-1]])
-            mixed.append(y.reshape(*x.shape[:-1], shape[1]))
-        if self.use_bias:
-            mixed[0] += self.param("bias", nn.initializers.zeros, self.widths[:1]).astype(dtype)
+        for order, (x, width) in enumerate(zip(features, self.widths, strict=False)):
+            bias, name = self.use_bias and order == 0, f"order_{order}"
+            dense = Dense(width, use_bias=bias, dtype=x.dtype, kernel_init=init, name=name)
+            mixed.append(dense(x))
         return mixed
 
 

@@ -1,4 +1,4 @@
-"""Equiformer: a linear layer's matrices are one vector in the official code and in ours.
+"""Equiformer: a linear layer's matrices, one of each order, are one vector in the official code.
 
 The official features are one vector of an atom: for each order l, channel by channel.
 """
@@ -6,6 +6,7 @@ The official features are one vector of an atom: for each order l, channel by ch
 import re
 
 import jax.numpy as jnp
+import numpy as np
 
 from demetar.models.equiformer import Equiformer
 
@@ -41,9 +42,10 @@ def official(params, golden, meta):
     out = {}
 
     def linear(name, ours):
-        out[f"{name}.tp.weight"] = ours["kernel"].reshape(-1)
-        if "bias" in ours:
-            out[f"{name}.bias.0"] = ours["bias"]
+        matrices = [ours[order]["kernel"].reshape(-1) for order in sorted(ours)]
+        out[f"{name}.tp.weight"] = np.concatenate(matrices)
+        if "bias" in ours["order_0"]:
+            out[f"{name}.bias.0"] = ours["order_0"]["bias"]
 
     def norm(name, ours, weight, bias):
         out[f"{name}.{weight}"], out[f"{name}.{bias}"] = ours["weight"], ours["bias"]
@@ -62,13 +64,13 @@ def official(params, golden, meta):
 
     for name, ours in {"mean": "mean", "std": "std", "weight": "scale", "bias": "shift"}.items():
         out[f"rbf.{name}"] = params["basis"][ours][None]
-        if name in ("weight", "bias"):
-            out[f"rbf.{name}"] = params["basis"][ours].reshape(1, 1)
-    linear("atom_embed.atom_type_lin", params["atom"])
+    linear("atom_embed.atom_type_lin", {"order_0": params["atom"]})
     degree = params["degree"]
-    linear("edge_deg_embed.exp", {"kernel": degree["start"], "bias": degree["start_bias"]})
+    start = {"kernel": degree["start"], "bias": degree["start_bias"]}
+    linear("edge_deg_embed.exp", {"order_0": start})
     radial("edge_deg_embed.rad", degree["radial"])
-    linear("edge_deg_embed.proj", degree["out"] | {"bias": degree["bias"]})
+    linear("edge_deg_embed.proj", degree["out"])
+    out["edge_deg_embed.proj.bias.0"] = degree["bias"]
     for number in range(meta["options"]["num_layers"]):
         name, block = f"blocks.{number}", params[f"block_{number}"]
         attention = block["attention"]
