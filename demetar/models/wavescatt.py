@@ -39,7 +39,7 @@ class WaveScatt(GraphModel):
     CHOICES: ClassVar = {"order": (1, 2, 3)}
     symmetries: ClassVar = frozenset({"translation", "permutation"})
 
-    order: int = 2
+    order: int = 3
     rank: int = 64
     dtype: Any = jnp.float32
 
