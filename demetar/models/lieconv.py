@@ -20,7 +20,8 @@ graph depends on others, and there is state beside the parameters. In our loop t
     given the collection `batch_stats` (golden tests)   the running averages in it
     `batch_axis` set in a subclass (golden tests)       the atoms, or pairs, of all graphs of a vmap
 
-All three divide by sqrt(max(variance, 1e-5)): clamped, not added.
+All three divide by sqrt(max(variance, 1e-5)): clamped, not added. The stand-in takes away the
+scale of a whole graph: one that is stretched evenly, with the same neighbours, gives the same.
 """
 
 from typing import Any, ClassVar
