@@ -232,6 +232,6 @@ def test_two_columns_of_the_same_in_two_units(qm9):
 def test_nothing_about_qm9_is_suspicious(qm9):
     columns, *rest = qm9
     assert not suspicions(columns, {}, *rest)
-    homo_of_one = {"homo": np.full(20, -7.1)}
     ethanol = np.full(20, 9.0), np.full(20, rough_total_energy(np.array([6, 6, 8, *[1] * 6])))
+    homo_of_one = {"homo": ethanol[1] / 627.5}  # -6.7 eV, which is right
     assert not suspicions(homo_of_one, {"homo": "eV"}, *ethanol)

@@ -582,6 +582,8 @@ def test_every_format_is_written_from_every_other(source, tmp_path, suffix):
         predict(path, out, made)
     first, second = (out.read_bytes() for out in outs)
     assert first == second
+    if suffix.endswith(".gz"):
+        assert first[4:8] == bytes(4)  # no time
     assert sorted(p.name for p in tmp_path.iterdir() if "building" in p.name) == []
     found = read_back(outs[0])
     assert [float(value) for value in found["homo"]] == [-6.25 - k for k in range(1, 7)]
@@ -642,6 +644,18 @@ def test_parquet_keeps_its_types(tmp_path):
     found = parquet.read_table(tmp_path / "o.parquet")
     assert found.select(["smiles", "n", "l"]).equals(table)
     assert found["p"].to_pylist() == [0.5, None]
+
+
+def test_npz_whose_first_chunks_have_no_values(tmp_path):
+    source = tmp_path / "x.csv"
+    source.write_text("smiles\n" + "C\n" * 4)
+    rows = list(read_rows(source))
+    with open_writer(tmp_path / "o.npz", source, {"e": "vector", "none": "vector"}) as out:
+        for row, value in zip(rows, [None, None, [1.0, 2.0], None], strict=True):
+            out.write([row], {"e": [value], "none": [None]})
+    found = np.load(tmp_path / "o.npz", allow_pickle=False)
+    np.testing.assert_array_equal(found["e"], [[np.nan] * 2, [np.nan] * 2, [1, 2], [np.nan] * 2])
+    assert found["none"].shape == (4,) and np.isnan(found["none"]).all()
 
 
 def test_outputs_that_are_refused_before_anything_is_computed(tmp_path):
