@@ -85,28 +85,22 @@ def to_complex(order):
 
 
 def layers(captured, predictions, batch, golden, meta):
-    mask = batch.node_mask
+    batch_size, num_nodes = batch.node_mask.shape
     orders = range(meta["options"]["maxl"][0] + 1)
     num_levels = meta["options"]["num_cg_levels"]
     parts = lambda x: jnp.stack([x.real, x.imag], axis=-1)
-    out = {}
-
-    def of_atoms(name, ours):
-        """Padded atoms hold values of no meaning in the file."""
-        keep = mask.reshape(*mask.shape, *[1] * (ours.ndim - 2))
-        out[name] = jnp.where(keep, ours, golden[name])
+    out = {"input_l0": parts(intermediate(captured, "input"))}
 
     def vectors(order, ours):
         return parts(jnp.einsum("...m,km->...k", ours, to_complex(order)))
 
-    of_atoms("input_l0", parts(intermediate(captured, "input")))
     levels = [intermediate(captured, f"atoms_{k}") for k in range(num_levels)]
     for k, features in enumerate(levels):
         for order in orders:
-            of_atoms(f"atom_{k}_l{order}", vectors(order, features[order]))
+            out[f"atom_{k}_l{order}"] = vectors(order, features[order])
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     scalars = invariants([[flat(x) for x in level] for level in levels])
-    of_atoms("scalars", scalars.reshape(*mask.shape, -1, 1, 2))
+    out["scalars"] = scalars.reshape(batch_size, num_nodes, -1, 1, 2)
     edges, n = intermediate(captured, "edges_0")[0], len(golden["harmonics_of_first_graph_l0"])
     d = batch.position[0, :n, None] - batch.position[0, None, :n]
     for order in orders:
