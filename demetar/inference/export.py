@@ -97,10 +97,12 @@ def export(
 
 
 def _bucket(package: Package, nodes: int, edges: int) -> Bucket:
-    largest = package.card["largest"]
-    kind = "complete" if package.card["all_pairs"] else ""
+    largest, all_pairs = package.card["largest"], package.card["all_pairs"]
+    kind = "complete" if all_pairs else ""
     wanted = bucket_of(nodes or largest["nodes"], edges or largest["edges"], kind)
-    return Bucket(nodes or wanted.num_nodes, edges or wanted.num_edges)
+    nodes = nodes or wanted.num_nodes
+    pairs = nodes * (nodes - 1) // 2
+    return Bucket(nodes, edges or (pairs if all_pairs else wanted.num_edges))
 
 
 def _arguments(package: Package, batch, bucket: Bucket, real: np.dtype) -> dict[str, Any]:
