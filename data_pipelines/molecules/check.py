@@ -20,11 +20,10 @@ from data_pipelines.molecules import chemistry, readers
 from data_pipelines.molecules.identity import identity_key
 from data_pipelines.molecules.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
-from data_pipelines.molecules.record import Molecule, Refusal, Row
+from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row
 from data_pipelines.molecules.suspicious_units import rough_total_energy, suspicions
 from data_pipelines.molecules.units import Column
 
-BLANK = ("", "nan", "na", "n/a", "none", "null")  # what a missing label is written as
 _SAMPLE = 10_000  # rows that units are judged by
 _FEW = 512  # rows for which no other process is started
 

@@ -83,6 +83,7 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
         geometry=_geometry(options),
         group=options.group,
         part=options.split_column if options.split == "column" else "",
+        scaffolds=options.split == "scaffold",
     )
     molecules, passport = preparation.load(request, cache_dir)
     _check_refused(passport, options)

@@ -22,20 +22,18 @@ from tqdm import tqdm
 
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.molecules import readers
 from data_pipelines.molecules.geometry import GEOMETRIES
 from data_pipelines.molecules.identity import identity_key, scaffold
 from data_pipelines.molecules.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.parts import columns_of_part, join
-from data_pipelines.molecules.readers import read_rows
-from data_pipelines.molecules.record import Molecule, Refusal, Row
+from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row
 from data_pipelines.molecules.units import Column
 from data_pipelines.prepared import default_cache_dir, prepare, write
 
 _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
 ROWS_OF_A_PART = 2_048
-# What blank cells and missing numbers read as.
-_BLANK = ("", "nan", "na", "n/a", "none", "null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +46,7 @@ class Request:
       smiles: column of the SMILES; "": found by its name.
       geometry: of `GEOMETRIES`.
       group, part: columns that a split looks at; "": none.
+      scaffolds: whether a split looks at them: they cost time.
     """
 
     paths: tuple[str, ...]
@@ -56,6 +55,7 @@ class Request:
     geometry: str = "file"
     group: str = ""
     part: str = ""
+    scaffolds: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +100,7 @@ def load(request: Request, cache_dir: str = "") -> tuple[OwnMolecules, dict]:
     hashes = [_file_sha256(path) for path in request.paths]
     identity = [_PREPARATION_VERSION, hashes, request.geometry, request.smiles]
     identity += [[(c.name, c.unit) for c in request.targets], request.group, request.part]
+    identity += [request.scaffolds]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     name = pathlib.Path(request.paths[0]).name.partition(".")[0]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "molecules" / f"{name}-{key}"
@@ -111,7 +112,7 @@ def load(request: Request, cache_dir: str = "") -> tuple[OwnMolecules, dict]:
 
 def first_row(path: str, smiles: str) -> Row:
     """The first row of a file that can be read."""
-    for row in itertools.islice(read_rows(path, smiles_column=smiles), 100):
+    for row in itertools.islice(readers.read_rows(path, smiles_column=smiles), 100):
         if row.refusal is None:
             return row
     raise UserError(f"{path} has no row that can be read in its first 100: run `demetar check`.")
@@ -133,6 +134,7 @@ def _file_sha256(path: str) -> str:
 def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
     """What a part keeps of a row: a refusal, or a molecule with its labels and keys."""
     source, row = item
+    row = readers.parser(request.paths[source])(row)
     labels = np.array([_label(row, column) for column in request.targets])
     made = make_molecule(row, request.geometry)
     node_labels = {
@@ -153,7 +155,7 @@ def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
         "labels": labels,
         "node_labels": node_labels,
         "identity": identity_key(made),
-        "scaffold": scaffold(made),
+        "scaffold": scaffold(made) if request.scaffolds else "",
         "group": text(request.group),
         "part": text(request.part),
     }
@@ -162,7 +164,7 @@ def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
 def _label(row: Row, column: Column) -> float:
     """A number; NaN where the cell is blank."""
     value = row.columns.get(column.name)
-    if value is None or (isinstance(value, str) and value.strip().lower() in _BLANK):
+    if value is None or (isinstance(value, str) and value.strip().lower() in BLANK):
         return math.nan
     try:
         number = float(value)
@@ -206,7 +208,7 @@ def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pat
 
 def _rows(paths: tuple[str, ...], smiles: str) -> Iterator[tuple[int, Row]]:
     for source, path in enumerate(paths):
-        for row in read_rows(path, smiles_column=smiles):
+        for row in readers.read_rows(path, smiles_column=smiles, parse=False):
             yield source, row
 
 

@@ -25,6 +25,9 @@ STATUSES = (
 )
 
 
+BLANK = ("", "nan", "na", "n/a", "none", "null")  # what a missing label is written as
+
+
 class Refusal(NamedTuple):
     """Why a row has no molecule, or no prediction.
 
