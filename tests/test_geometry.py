@@ -180,8 +180,10 @@ def test_charge_multiplicity_and_fragments(smiles, charge, multiplicity, note):
     found = made(Row(1, smiles=smiles))
     assert (found.charge, found.multiplicity) == (charge, multiplicity)
     assert note in " ".join(found.notes) and (note or not found.notes)
-    off_diagonal = distances(found.positions)[~np.eye(len(found.positions), dtype=bool)]
-    assert off_diagonal.size == 0 or off_diagonal.min() > 0.7  # fragments stand side by side
+    apart = distances(made(Row(1, smiles=smiles), "etkdg").positions) + 9 * np.eye(
+        len(found.positions)
+    )
+    assert apart.min() > 0.7  # fragments stand side by side
 
 
 def test_the_file_says_charge_and_multiplicity():
@@ -262,6 +264,19 @@ def test_strained_rings_keep_their_stereo():
     assert "without enforcing" in " ".join(found.notes)
     graph = chemistry.graph_of(found)
     assert Chem.MolToSmiles(Chem.RemoveHs(graph)) == Chem.CanonSmiles(smiles)
+    wrong = "N#C[C@@]12CN3CC[C@@H]1[C@H]32"  # without enforcing it comes out wrong
+    if isinstance(found := make_molecule(Row(1, smiles=wrong), "etkdg"), Molecule):
+        graph = chemistry.graph_of(found)
+        assert Chem.MolToSmiles(Chem.RemoveHs(graph)) == Chem.CanonSmiles(wrong)
+    # What comes out wrong is not taken; what the SMILES leaves open may be anything.
+    for smiles, minds in (("C[C@H](F)Cl", True), ("CC(F)Cl", False), ("F/C=C/F", True)):
+        _, molecule = sdf_row(smiles)
+        assert geometry._has_its_stereo(molecule)
+        x_Nx3 = molecule.GetConformer().GetPositions()
+        if smiles.startswith("F"):  # Z instead of E: the second half is turned over
+            x_Nx3 = sdf_row("F/C=C\\F")[0].positions
+        molecule.GetConformer().SetPositions(-x_Nx3)
+        assert geometry._has_its_stereo(molecule) != minds
 
 
 def test_force_field_without_parameters_is_noted():
