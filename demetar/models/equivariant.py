@@ -212,12 +212,15 @@ class Kernels(nn.Module):
         for k in sorted(self.channels):
             total = 0
             for start in sorted(sent):
-                # The radial network is the same in both directions of an edge, 2.
                 turned_Mx = jnp.einsum("ykJl,yli->ykJi", pairs.basis[start, k], sent[start])
-                turned_2xEx = turned_Mx.reshape(2, num_edges, 2 * k + 1, -1)
-                radial_Ex = radial[start, k].reshape(num_edges, -1, self.channels[k])
-                total += jnp.einsum("zekx,exo->zeko", turned_2xEx, radial_Ex)
-            result[k] = total.reshape(2 * num_edges, 2 * k + 1, self.channels[k])
+                # Both directions of an edge have one radial network: one product for both.
+                paths = math.prod(shapes[start, k][:2])
+                turned_2xEx = turned_Mx.reshape(2, num_edges, 2 * k + 1, paths)
+                rows_Ex = turned_2xEx.swapaxes(0, 1).reshape(num_edges, 2 * (2 * k + 1), paths)
+                radial_Ex = radial[start, k].reshape(num_edges, paths, self.channels[k])
+                total += jnp.einsum("erx,exo->ero", rows_Ex, radial_Ex)
+            sum_Ex2xC = total.reshape(num_edges, 2, 2 * k + 1, self.channels[k])
+            result[k] = jnp.concatenate([sum_Ex2xC[:, 0], sum_Ex2xC[:, 1]])
         return result
 
 

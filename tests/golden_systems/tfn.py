@@ -1,12 +1,14 @@
 """Fuchs et al.'s Tensor Field Network, and what its weights share with the SE(3)-Transformer's."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.graph import Graph
 from data_pipelines.targets import Target
 from demetar.models import create_model
-from demetar.models.equivariant import HIDDEN
+from demetar.models.equivariant import HIDDEN, _coupling
 from golden_systems.common import ELEMENTS, System, intermediate
 
 VECTORS = (
@@ -122,6 +124,12 @@ def layers(captured, predictions, batch, golden, meta):
         path = "last" if int(block) == last else f"{kind}_{int(block) // 2}"
         x = jnp.swapaxes(intermediate(captured, path)[int(degree)], -1, -2)
         found[name] = jnp.where(batch.node_mask[..., None, None], x, 0)
+    for name in golden:
+        if match := re.match(r"buffer/Q_J(\d)_in(\d)_out(\d)", name):
+            order, start, k = map(int, match.groups())
+            # Theirs goes with harmonics of another sign, see `_coupling`.
+            ours = (-1) ** order * _coupling(start, k, order)
+            found[name] = ours.reshape(-1, 2 * order + 1)
     return found
 
 
