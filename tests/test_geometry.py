@@ -151,7 +151,7 @@ def test_drawings_are_refused_and_flat_molecules_are_not():
         refusal = refused(
             Row(1, atomic_numbers=np.array([6, 6, 8]), positions=positions, bonds=bonds)
         )
-        assert refusal.status == "no_conformer" and "drawing" in refusal.message
+        assert refusal.status == "no_conformer" and "mmff" in refusal.message
     # Water lies in a plane by nature.
     water = np.array([[0.0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
     bonds = np.array([[0, 1, 1], [0, 2, 1]])
@@ -213,6 +213,38 @@ def test_refusals_name_the_thing_and_the_remedy():
     assert refused(Row(1, smiles="C" * 400), "mmff").status == "too_large"
     with pytest.raises(UserError, match="Did you mean 'mmff'"):
         make_molecule(Row(1, smiles="C"), "mmf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({"bonds": np.array([[0, 9, 1]])}, "bad_row"),
+        ({"bonds": np.array([[-1, 1, 1]])}, "bad_row"),
+        ({"bonds": np.array([[1, 1, 1]])}, "bad_row"),
+        ({"bonds": np.array([[0, 1, 0]])}, "bad_row"),
+        ({"bonds": np.array([[0, 1, 9]])}, "bad_row"),
+        ({"bonds": np.array([[0, 1, 1], [1, 0, 2]])}, "bad_row"),
+        ({"positions": np.ones((2, 2))}, "bad_row"),
+        ({"positions": np.ones((3, 3))}, "bad_row"),
+        ({"positions": np.ones((2, 3))}, "no_conformer"),
+        ({"charge": 500}, "charge"),
+        ({"charge": -101}, "charge"),
+        ({"multiplicity": 0}, "charge"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(changes, status):
+    row = {"atomic_numbers": np.array([7, 7]), "positions": np.array([[0.0, 0, 0], [1.1, 0, 0]])}
+    made(Row(1, **row), "file")
+    assert refused(Row(1, **row | changes)).status == status
+
+
+def test_ends_of_bonds_may_stand_in_any_order():
+    row, _ = sdf_row("CC=O")
+    turned = row.bonds[::-1, [1, 0, 2]]
+    found = made(
+        Row(1, atomic_numbers=row.atomic_numbers, positions=row.positions, bonds=turned), "file"
+    )
+    np.testing.assert_array_equal(found.bonds, row.bonds)
 
 
 def test_a_monster_is_refused_by_the_clock(monkeypatch):

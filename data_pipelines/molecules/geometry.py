@@ -21,9 +21,10 @@ from data_pipelines.molecules.chemistry import Refused, bonds_of, numbers_of, pl
 
 GEOMETRIES = ("file", "etkdg", "mmff", "xtb")
 TIME_LIMIT = 30  # seconds, for each stage
-# RDKit's matrix of bounds and MMFF's Hessian grow with the square: 1 GB at this size.
+# RDKit's matrix of bounds and MMFF's Hessian grow with the square: 150 MB at this size.
 MAX_ATOMS = 1_000
 _SEED = 20_140_807
+_SHOWN = 80  # characters of a SMILES in a message
 _GAP = 3.0  # angstrom between fragments, which RDKit puts on top of each other
 _MMFF_STEPS, _MMFF_ROUNDS = 200, 20
 _XTB_FORCE, _XTB_STEPS = 0.05, 500  # eV/angstrom
@@ -130,7 +131,7 @@ def _embed(molecule) -> tuple[str, ...]:
     late = " in time" if time.monotonic() - start > TIME_LIMIT - 1 else ""
     raise Refused(
         "no_conformer",
-        f"RDKit finds no geometry of {smiles}{late}: give one in the file (SDF, xyz).",
+        f"RDKit finds no geometry of {smiles[:_SHOWN]}{late}: give one in the file (SDF, xyz).",
     )
 
 

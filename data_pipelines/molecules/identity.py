@@ -1,5 +1,6 @@
 """What says that two rows are the same molecule, or have the same scaffold."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -43,16 +44,19 @@ def scaffold(molecule: Molecule) -> str:
 
 def _graph(molecule: Molecule):
     """RDKit's molecule, hydrogens implicit where it is made of SMILES; None without bonds."""
-    if molecule.smiles:
-        graph = rdkit().MolFromSmiles(molecule.smiles)
-        if graph is not None:
-            return graph
+    if molecule.smiles and (graph := _read(molecule.smiles)) is not None:
+        return graph
     if molecule.bonds_from == "distances":
         return None
     try:
         return chemistry.graph_of(molecule)
     except (Refused, ValueError, RuntimeError):
         return None
+
+
+@functools.lru_cache(maxsize=1)  # key and scaffold are asked for one after the other
+def _read(smiles: str):
+    return rdkit().MolFromSmiles(smiles)
 
 
 def _hash_of_geometry(molecule: Molecule) -> str:

@@ -19,6 +19,7 @@ from data_pipelines.molecules.geometry import GEOMETRIES, make_positions
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 
 MAX_NODES = 65_535  # numbers of nodes are 16 bits wide in bonds and edges
+_MAX_CHARGE = 99
 _MAX_ATOMS_OF_SMILES = 2_000  # reading hydrogens off a geometry takes all pairs
 _TOLERANCE = 1.2  # of the sum of radii, for bonds by distance
 _FLAT = 1e-4  # angstrom
@@ -51,7 +52,7 @@ def make_molecule(row: Row, geometry: str) -> Molecule | Refusal:
         return found if geometry == "file" else _made_again(found, graph, geometry)
     except Refused as refused:
         return refused.refusal
-    except (ValueError, RuntimeError, IndexError, OverflowError) as error:  # of RDKit, mostly
+    except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:  # RDKit's
         return Refusal("bad_row", f"No molecule can be made of it: {error!r}. Correct the row.")
 
 
@@ -99,6 +100,12 @@ def _of_file(row: Row, again: bool):
     numbers = np.asarray(row.atomic_numbers, np.int64)
     positions = np.asarray(row.positions, np.float64)
     _check_size(len(numbers))
+    if positions.shape != (len(numbers), 3):
+        raise Refused(
+            "bad_row",
+            f"It has {len(numbers)} atoms and coordinates of shape {list(positions.shape)}: give "
+            "x, y and z of each.",
+        )
     chemistry.check_numbers(numbers)
     bad = ~np.isfinite(positions).all(axis=1)
     if bad.any():
@@ -107,6 +114,8 @@ def _of_file(row: Row, again: bool):
             "nonfinite",
             f"Atom {k + 1} is at {positions[k].tolist()}: a coordinate is no number. Correct it.",
         )
+    if not again and len(numbers) > 1 and (np.abs(positions - positions[0]) < _FLAT).all():
+        raise Refused("no_conformer", f"All its atoms are at one point. {_REMEDY}")
     if row.bonds is not None:
         numbers, positions, bonds, graph, notes = _with_bonds(row, numbers, positions, again)
         origin, smiles = "file", row.smiles
@@ -130,8 +139,7 @@ def _of_file(row: Row, again: bool):
 
 def _with_bonds(row: Row, numbers, positions, again: bool):
     """(numbers, positions, bonds, RDKit's or None, notes); adds hydrogens that are missing."""
-    bonds = np.asarray(row.bonds, np.int64).reshape(-1, 3)
-    bonds = bonds[np.lexsort((bonds[:, 1], bonds[:, 0]))]
+    bonds = _bonds_of_file(row, len(numbers))
     if not again and _is_drawing(numbers, positions, bonds):
         raise Refused("no_conformer", f"Its coordinates are a flat drawing (z = 0). {_REMEDY}")
     charge = row.charge or 0
@@ -163,6 +171,24 @@ def _with_bonds(row: Row, numbers, positions, again: bool):
     )
 
 
+def _bonds_of_file(row: Row, num_atoms: int) -> np.ndarray:
+    """[b, 3] int64 rows (i, j, BondType), i < j, ascending."""
+    a, b, kind = np.asarray(row.bonds, np.int64).reshape(-1, 3).T
+    i, j = np.minimum(a, b), np.maximum(a, b)
+    pair = i * num_atoms + j
+    order = pair.argsort()
+    good = (i >= 0) & (i < j) & (j < num_atoms) & (kind > 0) & (kind <= BondType.AROMATIC)
+    good[order[1:]] &= np.diff(pair[order]) > 0  # each once
+    if not good.all():
+        k = good.argmin()
+        raise Refused(
+            "bad_row",
+            f"Bond {a[k]}-{b[k]} of type {kind[k]} cannot be, or is there twice: it has "
+            f"{num_atoms} atoms, counted from 0, and types are 1 to 4. Correct it.",
+        )
+    return np.stack([i, j, kind], axis=1)[order]
+
+
 def _is_plain(numbers, bonds) -> bool:
     """All hydrogens there, and nothing in it that could be aromatic, charged or a radical."""
     if not np.array_equal(chemistry.valences(len(numbers), bonds), _PLAIN_VALENCE[numbers]):
@@ -183,8 +209,6 @@ def _is_drawing(numbers, positions, bonds) -> bool:
     """A flat geometry that no molecule has: four neighbours in a plane, or long bonds to H."""
     if len(numbers) < 2 or np.abs(positions[:, 2]).max() > _FLAT:
         return False
-    if np.ptp(positions, axis=0).max() < _FLAT:
-        return True  # all at one point
     degree = np.bincount(bonds[:, :2].ravel(), minlength=len(numbers))
     if (degree[np.isin(numbers, (6, 7, 14, 15))] > 3).any():
         return True
@@ -278,7 +302,18 @@ def _electrons(row: Row, numbers, graph) -> tuple[int, int, tuple[str, ...]]:
     charge, multiplicity = row.charge, row.multiplicity
     if charge is None:
         charge = 0 if graph is None else rdkit().GetFormalCharge(graph)
-    odd = (int(numbers.sum()) - charge) % 2
+    electrons = int(numbers.sum()) - charge
+    if (
+        electrons < 0
+        or abs(charge) > _MAX_CHARGE
+        or (multiplicity is not None and multiplicity < 1)
+    ):
+        raise Refused(
+            "charge",
+            f"Charge {charge} and multiplicity {multiplicity} cannot be with nuclei of charge "
+            f"{electrons + charge}: correct them.",
+        )
+    odd = electrons % 2
     if multiplicity is None:
         radicals = 0 if graph is None else sum(a.GetNumRadicalElectrons() for a in graph.GetAtoms())
         multiplicity = 1 + (radicals if radicals % 2 == odd else odd)
