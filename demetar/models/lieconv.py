@@ -32,8 +32,7 @@ import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
-from demetar.models.egnn import _atom_features, _linear
-from demetar.models.layers import mean_of_nodes, safe_norm
+from demetar.models.layers import atom_features, mean_of_nodes, safe_norm, torch_dense
 
 _MIN_VARIANCE = 1e-5
 _WEIGHT_WIDTHS = (32, 32, 16)  # of the MLP of relative positions
@@ -68,14 +67,14 @@ class LieConv(GraphModel):
         x_Nx3, mask_N = graph.position, graph.node_mask
         shift_NxNx3 = (x_Nx3[:, None] - x_Nx3).astype(self.dtype)
         near_NxN = _candidates(graph) & (safe_norm(x_Nx3[:, None] - x_Nx3) < self.radius)
-        features = _atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
-        h_NxD = _linear(self.width, features.shape[-1], self.dtype, "atom_embedding")(features)
+        features = atom_features(graph.atomic_number, self.elements, x_Nx3.dtype)
+        h_NxD = torch_dense(self.width, features.shape[-1], self.dtype, "atom_embedding")(features)
         for number in range(self.num_layers):
             block = _Block(self.batch_axis, name=f"block_{number}")
             h_NxD = block(h_NxD, shift_NxNx3, mask_N, near_NxN)
         h_NxD = nn.swish(_Norm(self.batch_axis, name="norm")(h_NxD, mask_N))
         self.keep_embedding(lambda: mean_of_nodes(graph, h_NxD))
-        value_NxT = _linear(len(self.targets), self.width, self.dtype, "head")(h_NxD)
+        value_NxT = torch_dense(len(self.targets), self.width, self.dtype, "head")(h_NxD)
         mean_T = mean_of_nodes(graph, value_NxT.astype(x_Nx3.dtype))
         return {
             target.name: mean if target.readout == "mean" else mean * mask_N.sum()
@@ -102,10 +101,10 @@ class _Block(nn.Module):
         width, dtype = h_NxD.shape[-1], h_NxD.dtype
         inner = width // 4
         norm = lambda x, name: nn.swish(_Norm(self.batch_axis, name=name)(x, mask_N))
-        t_NxC = norm(_linear(inner, width, dtype, "reduce")(norm(h_NxD, "norm_in")), "norm_0")
+        t_NxC = norm(torch_dense(inner, width, dtype, "reduce")(norm(h_NxD, "norm_in")), "norm_0")
         convolution = _Convolution(self.batch_axis, name="convolution")
         t_NxC = norm(convolution(t_NxC, shift_NxNx3, near_NxN), "norm_1")
-        return h_NxD + _linear(width, inner, dtype, "expand")(t_NxC)
+        return h_NxD + torch_dense(width, inner, dtype, "expand")(t_NxC)
 
 
 class _Convolution(nn.Module):
@@ -122,12 +121,12 @@ class _Convolution(nn.Module):
         (num_nodes, channels), dtype = t_NxC.shape, t_NxC.dtype
         near_P, w_PxA = near_NxN.reshape(-1), shift_NxNx3.reshape(-1, 3)
         for number, features in enumerate(_WEIGHT_WIDTHS):
-            w_PxA = _linear(features, w_PxA.shape[-1], dtype, f"weight_{number}")(w_PxA)
+            w_PxA = torch_dense(features, w_PxA.shape[-1], dtype, f"weight_{number}")(w_PxA)
             w_PxA = nn.swish(_Norm(self.batch_axis, name=f"norm_{number}")(w_PxA, near_P))
         w_NxNxA = jnp.where(near_P[:, None], w_PxA, 0).reshape(num_nodes, num_nodes, -1)
         sum_NxCxA = jnp.einsum("ija,jc->ica", w_NxNxA, t_NxC)
         fan_in = channels * _WEIGHT_WIDTHS[-1]
-        out_NxC = _linear(channels, fan_in, dtype, "out")(sum_NxCxA.reshape(num_nodes, -1))
+        out_NxC = torch_dense(channels, fan_in, dtype, "out")(sum_NxCxA.reshape(num_nodes, -1))
         return out_NxC / jnp.maximum(near_NxN.sum(axis=1, keepdims=True), 1).astype(dtype)
 
 

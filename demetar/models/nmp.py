@@ -29,7 +29,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models import ops
 from demetar.models.base import GraphModel
-from demetar.models.layers import Dense, messages_of, safe_norm
+from demetar.models.layers import Dense, messages_of, safe_norm, torch_dense
 
 _NUM_BONDS = 5  # kinds of `BondType`, none included
 
@@ -289,5 +289,5 @@ def _glorot_linear(features: int, x: Array, name: str, parts=1, use_bias=True) -
 
 
 def _torch_linear(features: int, x: Array, name: str) -> Dense:
-    """A layer for x with PyTorch's weights, uniform within 1 / sqrt(its inputs)."""
-    return Dense(features, True, x.dtype, _uniform(x.shape[-1] ** -0.5), name=name)
+    """A layer for x with PyTorch's weights."""
+    return torch_dense(features, x.shape[-1], x.dtype, name)
