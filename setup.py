@@ -40,8 +40,9 @@ setup(
         # Its API still moves; all of it is in demetar/training/checkpoints.py.
         "orbax-checkpoint>=0.12,<0.13",
         "pint>=0.24",  # units of one's own targets
-        "rdkit>=2024.9",  # bonds and geometries of molecules
+        "rdkit>=2025.3",  # bonds and geometries of molecules
         "safetensors>=0.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9,<5",
         "tqdm>=4.66",
@@ -56,7 +57,7 @@ setup(
         # Molecules of one's own: formats, and geometries by GFN2-xTB.
         "parquet": ["pyarrow>=16"],
         "hdf5": ["h5py>=3"],
-        "xtb": ["tblite>=0.4"],
+        "xtb": ["tblite>=0.8"],
         # Writers, for config.log.writers.
         "wandb": ["wandb>=0.30"],
         "mlflow": ["mlflow>=3"],

@@ -156,7 +156,8 @@ def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
         "node_labels": node_labels,
         "identity": identity_key(made),
         "scaffold": scaffold(made) if request.scaffolds else "",
-        "group": text(request.group),
+        # A row without a group is one of its own.
+        "group": text(request.group).strip() or f"row {source}:{row.number}",
         "part": text(request.part),
     }
 
