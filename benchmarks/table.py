@@ -118,7 +118,7 @@ ROWS = [
     ),
     Row(
         "qm9", "equiformer", "Equiformer", "15.4", _ARXIV + "2206.11990",
-        "As later tables print it; its paper rounds to 15.",
+        "As later tables print it.",
     ),
     Row("qm9", "demetar", "DEMETAr", "", "", "The post prints no number.", variant=""),
     Row("nbody", "linear", "Linear", "0.0691", _ARXIV + "2006.10503"),
