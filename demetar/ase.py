@@ -24,9 +24,10 @@ from ase.calculators.calculator import all_changes
 from data_pipelines import batching
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.readers.ase_files import row_of_atoms
 from data_pipelines.molecules.record import Molecule, Refusal
 from data_pipelines.molecules.units import factor
-from demetar.inference import graphs, inputs
+from demetar.inference import graphs
 from demetar.inference.model import Model, load_model
 from demetar.models import predict
 
@@ -92,7 +93,7 @@ class Calculator(AseCalculator):
         now = (atoms.numbers.tolist(), _said(atoms))
         owner, frozen_for, molecule = self._frozen.get(id(atoms), (lambda: None, None, None))
         if owner() is not atoms or frozen_for != now:
-            made = make_molecule(inputs.row_of_atoms(atoms), "file")
+            made = make_molecule(row_of_atoms(1, atoms), "file")
             refusal = made if isinstance(made, Refusal) else self.model.refusal(made)
             if refusal:
                 raise UserError(f"{atoms.get_chemical_formula()}: {refusal.message}")

@@ -19,7 +19,7 @@ from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.inference import package
 from demetar.training import runtime
-from demetar.training.checkpoints import Checkpoints
+from demetar.training.checkpoints import read_best
 from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
 from demetar.training.result import result_of
@@ -35,12 +35,8 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     runtime.configure(config)
     experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep_last)
-    step = checkpoints.best_step()
-    if step is None:
-        raise UserError(f"{workdir} has no evaluated checkpoint yet: train for longer first.")
-    state = checkpoints.restore(step, experiment.abstract_state())
-    return result_of(Evaluator(experiment).run(state.ema, split), split, step, saved)
+    step, params, _ = read_best(workdir)  # reads only: the run may be under way
+    return result_of(Evaluator(experiment).run(params, split), split, step, saved)
 
 
 def evaluate_pretrained(name: str, split: str) -> dict:

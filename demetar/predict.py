@@ -53,7 +53,9 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
         choices=("", *GEOMETRIES),
         help="how positions are made; without it as for the training of the model",
     )
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="molecules")
+    parser.add_argument(
+        "--batch-size", type=int, default=0, metavar="N", help="molecules; 0: as suits the device"
+    )
     return parser
 
 
@@ -64,8 +66,8 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
     from demetar.job.place import find_place
     from demetar.training import runtime
 
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size ({options.batch_size}) must be at least 1.")
+    if options.batch_size < 0:
+        raise UserError(f"--batch-size ({options.batch_size}) must be 0 or more.")
     with tempfile.TemporaryDirectory() as folder:
         path, out = _input_and_output(options, pathlib.Path(folder))
         runtime.configure_for_prediction()

@@ -109,7 +109,7 @@ def test_train_refuses_before_it_starts(arguments, message, capsys, tmp_path, mo
         (["--workdir=nowhere"], "nowhere is not the folder of a run"),
         (["--pretrained=nbody-egnn-e3-seed3"], "Did you mean 'nbody-egnn-e3-seed"),
         (["--pretrained=x", "--workdir=y"], "not allowed with"),
-        ([], "one of the arguments --workdir --pretrained is required"),
+        ([], "one of the arguments --workdir --pretrained --model is required"),
         (["--workdir=x", "--split=tests"], "invalid choice: 'tests'"),
         (["--workdir=x", "--config=qm9"], "demetar evaluate has no option '--config'"),
     ],

@@ -17,6 +17,7 @@ from conftest import random_graph
 
 import demetar
 from data_pipelines.errors import UserError
+from data_pipelines.molecules.readers.ase_files import row_of_atoms
 from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.qm9 import properties
 from demetar import model_files
@@ -360,7 +361,7 @@ def test_bad_inputs_are_rows_and_change_no_neighbour(model, molecules, monkeypat
 
 
 def test_a_model_of_one_geometry_makes_it_of_positions_too():
-    atoms = inputs.row_of_atoms(ase.build.molecule("CH4"))
+    atoms = row_of_atoms(1, ase.build.molecule("CH4"))
     smiles = Row(1, smiles="C")
     for trained, of_atoms, of_smiles in (("file", "file", "mmff"), ("etkdg", "etkdg", "etkdg")):
         assert inputs.geometry_for(atoms, trained) == of_atoms

@@ -322,7 +322,7 @@ def test_no_prediction_at_all_and_a_stop_at_the_first(saved, tmp_path, quietly, 
         (["taken.csv", "--out=o.csv"], "column 'homo_pred' already"),
         (["mine.csv", "--out=mine.csv"], "is the input"),
         (["mine.csv", "CCO", "--out=o.csv"], "give one file"),
-        (["mine.csv", "--out=o.csv", "--batch-size=0"], "must be at least 1"),
+        (["mine.csv", "--out=o.csv", "--batch-size=-1"], "must be 0 or more"),
         (["mine.csv", "--out=o.csv", "--smiles=structure"], "structure"),
     ],
 )

@@ -36,7 +36,7 @@ DEFAULTS = {
     },
     "model": {
         "name": "demetar",  # a row of demetar/models/__init__.py
-        "readout": "auto",  # auto (as each target says) | cls | sum | mean | max: of all graph targets
+        "readout": "auto",  # auto: as each target says | cls | sum | mean | max: of graph targets
     },
     "optim": {
         "name": "adamw",  # a row of OPTIMIZERS in demetar/training/optim.py

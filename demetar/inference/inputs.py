@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import UserError
+from data_pipelines.molecules.readers.ase_files import row_of_atoms
 from data_pipelines.molecules.readers.sdf import parse_sdf_block
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 
@@ -30,7 +31,7 @@ def _item_of(item: Any, number: int) -> Row | Molecule:
     if isinstance(item, str):
         return Row(number, smiles=item)
     if _is_atoms(item):
-        return row_of_atoms(item, number)
+        return row_of_atoms(number, item)
     if _is_mol(item):
         from rdkit import Chem
 
@@ -52,19 +53,6 @@ def _is_atoms(item: Any) -> bool:
 def _is_mol(item: Any) -> bool:
     chem = sys.modules.get("rdkit.Chem")
     return chem is not None and isinstance(item, chem.Mol)
-
-
-def row_of_atoms(atoms, number: int = 1) -> Row:
-    """The row of an `ase.Atoms`; `info` may say `smiles`, `charge` and `multiplicity`."""
-    info = atoms.info
-    return Row(
-        number,
-        smiles=str(info.get("smiles", "")),
-        atomic_numbers=atoms.numbers.astype(int),
-        positions=atoms.positions.astype(np.float64),
-        charge=info.get("charge"),
-        multiplicity=info.get("multiplicity"),
-    )
 
 
 def geometry_for(row: Row, trained_on: str) -> str:

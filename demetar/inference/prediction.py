@@ -29,7 +29,7 @@ from data_pipelines.molecules.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 from demetar.inference import inputs
-from demetar.inference.model import Model
+from demetar.inference.model import Model, batch_size_for
 from demetar.inference.parts import Part
 from demetar.job.place import Place
 
@@ -49,7 +49,8 @@ class Prediction:
       out: file to write.
       smiles: column of SMILES; "": found by its name.
       geometry: of `geometry.GEOMETRIES`; "": as in training, see `inputs.geometry_for`.
-      batch_size: of the model; it changes no number by more than rounding.
+      batch_size: of the model; 0: `batch_size_for` a chunk. It changes no number by more than
+        rounding.
       stop: whether the first row without a prediction ends it with an error.
       embeddings: whether the last features of the model are written in the place of its targets.
     """
@@ -59,7 +60,7 @@ class Prediction:
     out: pathlib.Path
     smiles: str = ""
     geometry: str = ""
-    batch_size: int = 256
+    batch_size: int = 0
     stop: bool = False
     embeddings: bool = False
 
@@ -192,7 +193,8 @@ def _predicted(request: Prediction, rows: list[tuple[int, Molecule | Refusal]]) 
     said = [item if isinstance(item, Refusal) else model.refusal(item) for item in made]
     good = [k for k, refusal in enumerate(said) if refusal is None]
     molecules = [made[k] for k in good]
-    values, embedding = model.predict_and_embed(molecules, request.batch_size)
+    size = request.batch_size or batch_size_for(ROWS_OF_A_CHUNK)
+    values, embedding = model.predict_and_embed(molecules, size)
     columns = {}
     for target in model.targets:
         column = values[target.name]
