@@ -93,6 +93,7 @@ PARTICLES = {
 VARIANTS = MOLECULES | PARTICLES
 # Another option or task of a class that is tested anyway, of whose code they share most.
 LIKE_OTHERS = ("schnetpack", "nmp_pyg", "et_vector_cutoff", "se3_transformer", "tfn_moves")
+LIKE_OTHERS += ("post", "remat")
 # They see all edges alike, as published.
 BLIND_TO_BONDS = ("egnn", "schnet", "et", "equiformer", "cormorant", "lieconv", "wavescatt")
 # Published parameters that reach no output, as the models' docstrings say.

@@ -360,7 +360,10 @@ def start(arguments, runner, **more):
     )
 
 
-def test_killed_or_divided_a_prediction_has_the_same_bytes(extxyz, saved, tmp_path, runner):
+def test_killed_or_divided_a_prediction_has_the_same_bytes(saved, tmp_path, runner):
+    every = list(read_raw(str(SAMPLE_FILE)))
+    extxyz = tmp_path / "mine.extxyz"  # of one size: a program is compiled once
+    ase.io.write(extxyz, atoms_of([m for m in every if len(m.atomic_numbers) == 18][:40]))
     out = lambda name: tmp_path / f"{name}.csv"
     arguments = lambda name: [extxyz, f"--model={saved}", f"--out={out(name)}", "--batch-size=8"]
     killed = start(arguments("killed"), runner)
@@ -385,7 +388,7 @@ def test_killed_or_divided_a_prediction_has_the_same_bytes(extxyz, saved, tmp_pa
     _, err = again.communicate(timeout=200)
     assert again.returncode == EXIT_DONE, err[-2000:]
     assert out("killed").read_bytes() == out("two").read_bytes()
-    assert len(read_csv(out("two"))) == 60
+    assert len(read_csv(out("two"))) == 40
 
 
 def test_a_file_is_scored_in_any_unit(molecules, saved, tmp_path, quietly, capsys):
@@ -419,9 +422,10 @@ def test_the_page_works_as_it_stands(whole, runner, tmp_path, cache_dir):
     page = [fence for fence in ALL if fence.page == "docs/guide/molecules.md"]
     make = next(fence for fence in page if fence.language == "python")
     subprocess.run([sys.executable, "-c", make.text], cwd=tmp_path, check=True)
-    if not whole:
-        lines = (tmp_path / "homo.csv").read_text().splitlines(keepends=True)
-        (tmp_path / "homo.csv").write_text("".join(lines[:61]))
+    if not whole:  # 31 molecules of one size, so that each program is compiled once
+        kept = {f"qm9-{m.index}" for m in read_raw(str(SAMPLE_FILE)) if len(m.atomic_numbers) == 15}
+        rows = [row for row in read_csv(tmp_path / "homo.csv") if row["name"] in kept]
+        write_csv(tmp_path / "homo.csv", rows)
     commands = next(fence for fence in page if fence.language == "sh").commands()
     assert len(commands) == 5
     for _, command, *arguments in commands:
@@ -439,7 +443,8 @@ def test_the_page_works_as_it_stands(whole, runner, tmp_path, cache_dir):
         if command == "predict" and "CCO" in arguments:
             assert process.stdout.splitlines()[0].startswith("smiles,homo_pred,ood,")
     rows = read_csv(tmp_path / "predicted.csv")
-    assert len(rows) == (500 if whole else 60) and {row["status"] for row in rows} == {"ok"}
+    good = [row for row in rows if row["status"] == "ok"]
+    assert (len(rows), len(good)) == ((500, 495) if whole else (31, 31))  # five strained cages
     if whole:  # it has learned something: the mean alone errs by 0.0164 hartree
-        error = np.mean([abs(float(row["homo_pred"]) - float(row["homo"])) for row in rows])
+        error = np.mean([abs(float(row["homo_pred"]) - float(row["homo"])) for row in good])
         assert error < 0.01

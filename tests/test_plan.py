@@ -43,7 +43,9 @@ def test_count_of_products_is_exact():
     assert (found.matmul, found.other) == (6 * 2 * 2 * 5 * 5, 6 * 10)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 2), *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (2, 4, 1)))]
+)
 def test_count_of_the_train_step_is_near_the_compilers(cache_dir, mesh):
     trainer = trainer_on(cache_dir, *mesh)
     counted = flops.count(trainer.jitted, *trainer.abstract_arguments(0))

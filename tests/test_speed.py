@@ -52,13 +52,13 @@ def gradient_and_example(model, params):
 SIZES = np.array([[n, n + k] for n in range(6, 14) for k in range(-2, 3)])
 
 
-# These count as another variant does, but for a read-out or a scale.
-LIKE_OTHERS = ("blog", "post", "mean", "node", "none", "translation", "com")
+# One for each way of counting: dense layers, attention along edges, loops, messages.
+COUNTED = ("environment", "along_edges", "e3", "egnn", "schnet", "linear", "deep_set")
 
 
 @pytest.mark.parametrize(
     "variant",
-    [pytest.param(v, marks=[pytest.mark.slow] if v in LIKE_OTHERS else []) for v in VARIANTS],
+    [pytest.param(v, marks=[] if v in COUNTED else [pytest.mark.slow]) for v in VARIANTS],
 )
 def test_cost_of_a_graph_is_a_polynomial_of_its_size(variant, float64):
     """For every model: interpolated counts equal counted ones at sizes that were left out."""
@@ -207,7 +207,14 @@ def test_pace_counts_the_work_of_the_plan():
 # --- the same numbers, faster --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["environment", "along_edges", "e3", "egnn_qm9"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "environment",
+        "e3",
+        *(pytest.param(v, marks=pytest.mark.slow) for v in ("along_edges", "egnn_qm9")),
+    ],
+)
 def test_bfloat16_is_near_float32(variant):
     """8 bits: predictions within 3 % of their size, gradients in the same direction."""
     found = {}
@@ -216,7 +223,7 @@ def test_bfloat16_is_near_float32(variant):
         params = jax.tree.map(np.float32, params)
         graph = graph_for(model, np.random.default_rng(9))
         graph = jax.tree.map(lambda x: np.float32(x) if x.dtype == np.float64 else x, graph)
-        value, (gradient, _) = loss_and_gradients(model, params, graph)
+        (value, _), (gradient, _) = loss_and_gradients(model, params, graph)
         flat = np.concatenate(
             [np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(gradient)]
         )

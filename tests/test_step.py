@@ -67,7 +67,14 @@ def on_one_device(cache_dir):
         return run(make_trainer(cache_dir, dtype="float64"), 40)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 8, 1),
+        (2, 2, 2),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (1, 1, 2))),
+    ],
+)
 def test_float64_on_any_mesh(cache_dir, float64, on_one_device, mesh):
     one, state_1 = on_one_device
     many, state_n = run(make_trainer(cache_dir, mesh, "float64"), 40)
@@ -157,7 +164,9 @@ def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(cache_dir, floa
     np.testing.assert_allclose(sums_of(moved).grad_norm, alone[0].grad_norm, rtol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["smoke,egnn", "large,smoke"])
+@pytest.mark.parametrize(
+    "variant", ["smoke,egnn", pytest.param("large,smoke", marks=pytest.mark.slow)]
+)
 def test_a_variant_of_qm9_takes_steps_that_change_its_weights(cache_dir, variant):
     config = f"qm9:{variant}"
     mesh = (1, 4, 2) if "large" in variant else (1, 1, 1)
