@@ -93,7 +93,7 @@ PARTICLES = {
 VARIANTS = MOLECULES | PARTICLES
 # Another option or task of a class that is tested anyway, of whose code they share most.
 LIKE_OTHERS = ("schnetpack", "nmp_pyg", "et_vector_cutoff", "se3_transformer", "tfn_moves")
-LIKE_OTHERS += ("post", "remat")
+LIKE_OTHERS += ("post", "remat", "translation", "com")
 # They see all edges alike, as published.
 BLIND_TO_BONDS = ("egnn", "schnet", "et", "equiformer", "cormorant", "lieconv", "wavescatt")
 # Published parameters that reach no output, as the models' docstrings say.
@@ -352,7 +352,15 @@ def test_e3_moves_the_centre_of_mass_freely_and_sees_products_of_charges():
 
 
 @pytest.mark.parametrize(
-    "broken", ["direction", "inverted_mask", "position", "elementwise_gate", "one_sided_move"]
+    "broken",
+    [
+        "inverted_mask",
+        "elementwise_gate",
+        *(
+            pytest.param(b, marks=pytest.mark.slow)
+            for b in ("direction", "position", "one_sided_move")
+        ),
+    ],
 )
 def test_a_broken_model_fails_the_suite(broken, monkeypatch):
     # Each has a size of its own, so that none meets the compiled program of a whole model.
@@ -378,8 +386,13 @@ def test_a_broken_model_fails_the_suite(broken, monkeypatch):
         check(*broken_model)
 
 
-def test_batch_equals_singles(model_and_params):
-    model, params = model_and_params
+# These share every mask with another variant of their class.
+SAME_MASKS = (*LIKE_OTHERS, "blog", "post", "remat", "none", "translation", "com")
+
+
+@pytest.mark.parametrize("variant", cases(like_others=SAME_MASKS))
+def test_batch_equals_singles(variant):
+    model, params = build(variant)
     rng = np.random.default_rng(5)
     graphs = [graph_for(model, rng, n, e) for n, e in ((7, 9), (10, 14), (1, 0), (2, 1))]
     batch = jax.tree.map(lambda *x: np.stack(x), *graphs)
@@ -396,10 +409,6 @@ def check_padding(model, params):
     few, many = output(model, params, small), in_one_array(model, predict(model, params, large))
     np.testing.assert_allclose(few, many[: len(few)], rtol=1e-10, atol=1e-11)
     assert not many[len(few) :].any()  # of nodes that are not there
-
-
-# These share every mask with another variant of their class.
-SAME_MASKS = (*LIKE_OTHERS, "blog", "post", "remat", "none", "translation", "com")
 
 
 @pytest.mark.parametrize("variant", cases(like_others=SAME_MASKS))

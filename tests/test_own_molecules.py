@@ -428,7 +428,7 @@ def test_the_page_works_as_it_stands(whole, runner, tmp_path, cache_dir):
         write_csv(tmp_path / "homo.csv", rows)
     commands = next(fence for fence in page if fence.language == "sh").commands()
     assert len(commands) == 5
-    for _, command, *arguments in commands:
+    for _, command, *arguments in commands if whole else commands[:3]:
         if command == "train" and not whole:
             arguments = [a.replace("molecules:small", "molecules:small,smoke") for a in arguments]
         process = subprocess.run(
@@ -442,9 +442,11 @@ def test_the_page_works_as_it_stands(whole, runner, tmp_path, cache_dir):
         assert process.returncode == EXIT_DONE, (command, process.stderr[-2000:])
         if command == "predict" and "CCO" in arguments:
             assert process.stdout.splitlines()[0].startswith("smiles,homo_pred,ood,")
+    if not whole:
+        return
     rows = read_csv(tmp_path / "predicted.csv")
     good = [row for row in rows if row["status"] == "ok"]
-    assert (len(rows), len(good)) == ((500, 495) if whole else (31, 31))  # five strained cages
-    if whole:  # it has learned something: the mean alone errs by 0.0164 hartree
-        error = np.mean([abs(float(row["homo_pred"]) - float(row["homo"])) for row in good])
-        assert error < 0.01
+    assert (len(rows), len(good)) == (500, 495)  # five strained cages
+    # It has learned something: the mean alone errs by 0.0164 hartree
+    error = np.mean([abs(float(row["homo_pred"]) - float(row["homo"])) for row in good])
+    assert error < 0.01

@@ -83,6 +83,7 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch):
         package.read("copy")
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_published_validation_error(runner):
     """On a machine whose rounding gives other chaotic systems, only nearly."""
     arguments = ("--pretrained", NAMES[0], "--split=validation")

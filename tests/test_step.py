@@ -55,6 +55,7 @@ def tree_close(a, b, rtol, atol=0.0):
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_float32_on_1_and_8_devices(cache_dir):
     one, _ = run(make_trainer(cache_dir), 20)
     eight, _ = run(make_trainer(cache_dir, (8, 1, 1)), 20)
@@ -70,9 +71,8 @@ def on_one_device(cache_dir):
 @pytest.mark.parametrize(
     "mesh",
     [
-        (1, 8, 1),
         (2, 2, 2),
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (1, 1, 2))),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ((8, 1, 1), (1, 8, 1), (1, 1, 2))),
     ],
 )
 def test_float64_on_any_mesh(cache_dir, float64, on_one_device, mesh):
