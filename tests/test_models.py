@@ -562,9 +562,8 @@ COMPARED = {
 # The smallest of the config has too few weights for all of sixteen molecules.
 COMPARED["tfn"] = ("qm9:tfn,smoke", {"model.width": 8, "model.num_layers": 3})
 COMPARED["wavescatt"] = (
-    "qm9:smoke",
-    {"model.name": "wavescatt", "data.graph_features": "scattering"}
-    | {f"data.scattering.{key}": value for key, value in COARSE.items()},
+    "qm9:wavescatt,smoke",
+    {f"data.scattering.{key}": value for key, value in COARSE.items()},
 )
 
 

@@ -187,7 +187,7 @@ def test_other_elements_and_charges(tmp_path, here):
     assert {14, 15, 16, 17} <= set(dataset.elements)
     ion = ase.Atoms("OH", [(0, 0, 0), (0, 0, 0.97)], info={"y": 0.0, "charge": -1})
     ase.io.write(tmp_path / "ions.extxyz", [*atoms, ion])
-    with pytest.raises(UserError, match=r"charges -1, \+0; row 17 is the first of 1 that differ"):
+    with pytest.raises(UserError, match=r"charges -1, 0; row 17 is the first of 1 that differ"):
         load(tmp_path / "ions.extxyz", tmp_path, **options)
     told = load(tmp_path / "ions.extxyz", tmp_path, charges="embed", **options)
     assert told.arrays.charge[-2:].tolist() == [-1, -1] and not told.arrays.charge[:-2].any()

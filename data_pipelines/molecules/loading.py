@@ -183,7 +183,7 @@ def _check_charges(molecules: OwnMolecules, options: _Options) -> None:
     if len(charges) > 1 and options.charges == "refuse":
         odd = molecules.charge != np.bincount(molecules.charge - charges[0]).argmax() + charges[0]
         raise UserError(
-            f"The molecules have charges {', '.join(f'{c:+d}' for c in charges)}; row "
+            f"The molecules have charges {', '.join(map(str, charges))}; row "
             f"{molecules.number[odd][0]} is the first of {odd.sum()} that differ. Set "
             "config.data.charges to 'embed', so that the model is told, or leave them out."
         )

@@ -115,8 +115,8 @@ class Model:
         if molecule.charge not in charges:
             return Refusal(
                 "charge",
-                f"has charge {molecule.charge:+d}, and {self.name} has learned only "
-                f"{', '.join(f'{c:+d}' for c in charges)}: use a model of this charge.",
+                f"has charge {molecule.charge}, and {self.name} has learned only "
+                f"{', '.join(map(str, charges))}: use a model of this charge.",
             )
         size = len(molecule.atomic_numbers)
         if size > self.max_nodes:
