@@ -21,8 +21,8 @@ import time
 import numpy as np
 from ours import keep
 
-from data_pipelines.molecules import chemistry
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making import chemistry
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.qm9.sources import read_qm9pack
 from demetar.inference.model import load_model

@@ -23,7 +23,7 @@ from ase.calculators.calculator import all_changes
 
 from data_pipelines import batching
 from data_pipelines.errors import UserError, check_known
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.readers.ase_files import row_of_atoms
 from data_pipelines.molecules.record import Molecule, Refusal
 from data_pipelines.molecules.units import factor

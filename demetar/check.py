@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import readers
-from data_pipelines.molecules.check import ColumnFacts, Facts, Fault, check_file
+from data_pipelines.molecules.checking.rows import ColumnFacts, Facts, Fault, check_file
 from data_pipelines.molecules.readers.fields import clean
 from data_pipelines.molecules.units import parse_column
 from demetar.config import command_line

@@ -21,7 +21,7 @@ import tempfile
 from collections import Counter
 
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.geometry import GEOMETRIES
+from data_pipelines.molecules.making.geometry import GEOMETRIES
 from data_pipelines.molecules.readers import FORMATS
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_NOTHING, exits_cleanly

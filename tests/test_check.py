@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.check import check_file
-from data_pipelines.molecules.suspicious_units import rough_total_energy, suspicions
+from data_pipelines.molecules.checking.rows import check_file
+from data_pipelines.molecules.checking.suspicious_units import rough_total_energy, suspicions
 from data_pipelines.molecules.units import Column, convert, factor, parse_column
 from data_pipelines.qm9.properties import COLUMNS
 from demetar import check
@@ -61,7 +61,7 @@ def test_a_file_without_faults_has_none(tmp_path):
 
 
 def test_many_rows_in_processes_say_the_same_as_few(tmp_path, monkeypatch):
-    from data_pipelines.molecules import check as module
+    from data_pipelines.molecules.checking import rows as module
 
     path = write(tmp_path / "x.csv", (GOOD + PLANTED) * 10)
     alone = look(path, "homo:eV")

@@ -9,9 +9,9 @@ from rdkit.Chem import rdDistGeom
 
 from data_pipelines.bonds import BondType
 from data_pipelines.errors import UserError
-from data_pipelines.molecules import chemistry, geometry
-from data_pipelines.molecules.identity import identity_key, scaffold
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making import chemistry, geometry
+from data_pipelines.molecules.making.identity import identity_key, scaffold
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.record import STATUSES, Molecule, Refusal, Row
 
 ZOO = (

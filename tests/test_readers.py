@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.bonds import BondType
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import readers
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.readers import count_rows, parser, read_rows
 from data_pipelines.molecules.record import Refusal, Row
 from data_pipelines.molecules.writers import WRITERS, check_output, open_writer

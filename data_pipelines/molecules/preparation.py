@@ -23,9 +23,9 @@ from tqdm import tqdm
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.molecules import readers
-from data_pipelines.molecules.geometry import GEOMETRIES
-from data_pipelines.molecules.identity import identity_key, scaffold
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.geometry import GEOMETRIES
+from data_pipelines.molecules.making.identity import identity_key, scaffold
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.parts import columns_of_part, join
 from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError, check_known
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.prepared import default_cache_dir, prepare, write

@@ -21,7 +21,7 @@ from data_pipelines.batch_plan import FILL
 from data_pipelines.batching import GraphArrays
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 from data_pipelines.targets import Target
 from demetar.config.stored import real_dtype

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import readers, writers
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 from demetar.inference import inputs

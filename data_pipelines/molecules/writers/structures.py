@@ -58,7 +58,7 @@ def _graph(row: Row, molecule: Molecule | None):
     """RDKit's molecule; without bonds where the row has none, or none that RDKit takes."""
     from rdkit import Chem
 
-    from data_pipelines.molecules import chemistry
+    from data_pipelines.molecules.making import chemistry
 
     if molecule is not None and (graph := chemistry.graph_of(molecule)) is not None:
         return graph

@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.chemistry import Refused, bonds_of, numbers_of, places, rdkit
+from data_pipelines.molecules.making.chemistry import Refused, bonds_of, numbers_of, places, rdkit
 
 GEOMETRIES = ("file", "etkdg", "mmff", "xtb")
 TIME_LIMIT = 30  # seconds, for each stage

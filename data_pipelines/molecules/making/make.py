@@ -13,9 +13,9 @@ from data_pipelines import bonds as smiles_bonds
 from data_pipelines.bonds import Agreement, BondType
 from data_pipelines.elements import covalent_radii
 from data_pipelines.errors import check_known
-from data_pipelines.molecules import chemistry
-from data_pipelines.molecules.chemistry import Refused, rdkit
-from data_pipelines.molecules.geometry import GEOMETRIES, make_positions
+from data_pipelines.molecules.making import chemistry
+from data_pipelines.molecules.making.chemistry import Refused, rdkit
+from data_pipelines.molecules.making.geometry import GEOMETRIES, make_positions
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 
 MAX_NODES = 65_535  # numbers of nodes are 16 bits wide in bonds and edges

@@ -5,8 +5,8 @@ import hashlib
 
 import numpy as np
 
-from data_pipelines.molecules import chemistry
-from data_pipelines.molecules.chemistry import Refused, rdkit
+from data_pipelines.molecules.making import chemistry
+from data_pipelines.molecules.making.chemistry import Refused, rdkit
 from data_pipelines.molecules.record import Molecule
 
 _MAX_ATOMS_OF_PAIRS = 1_000  # above, distances from the centre stand for those of all pairs

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.errors import UserError, suggest
-from data_pipelines.molecules import chemistry, readers
-from data_pipelines.molecules.identity import identity_key
-from data_pipelines.molecules.make import make_molecule
+from data_pipelines.molecules import readers
+from data_pipelines.molecules.checking.suspicious_units import rough_total_energy, suspicions
+from data_pipelines.molecules.making import chemistry
+from data_pipelines.molecules.making.identity import identity_key
+from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row
-from data_pipelines.molecules.suspicious_units import rough_total_energy, suspicions
 from data_pipelines.molecules.units import Column
 
 _SAMPLE = 10_000  # rows that units are judged by
