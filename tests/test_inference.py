@@ -319,7 +319,7 @@ def test_what_a_model_has_not_learned_is_refused(model, molecules):
     found = model.refusal(bromide(small))
     assert found.status == "element" and "has Br" in found.message and "H, C, N" in found.message
     charged = Molecule(**{**vars(small), "charge": 1})
-    assert model.refusal(charged).status == "charge" and "+1" in model.refusal(charged).message
+    assert model.refusal(charged).status == "charge" and "charge 1," in model.refusal(charged).message
     n = model.max_nodes
     line = Molecule(**{**vars(small), "atomic_numbers": np.full(n, 6), "positions": np.eye(n, 3)})
     assert model.refusal(line) is None
@@ -543,7 +543,7 @@ def test_what_invalidates_the_results(calculator):
     assert other.get_potential_energy() == pytest.approx(energy, abs=1e-9)
     other.info["charge"] = 1
     assert calculator.check_state(other) == ["info"]
-    with pytest.raises(UserError, match=r"has charge \+1"):
+    with pytest.raises(UserError, match="has charge 1,"):
         other.get_potential_energy()
 
 
