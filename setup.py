@@ -28,6 +28,7 @@ setup(
         "ase>=3.24",  # reads files of molecules
         "array_record>=0.8",
         "clu>=0.0.12",
+        "flatbuffers>=24",  # jax.export writes with it, and does not declare it
         "flax>=0.12,<0.13",
         "grain>=0.2.16,<0.3",
         # tensorflow-datasets imports it on Python before 3.12 and does not declare it.

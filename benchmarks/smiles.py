@@ -54,7 +54,7 @@ def main() -> None:
             error = np.abs(found - np.array([labels[index] for index in common]))
             row["errors"][name] = {"mae": error.mean(), "interval_95": _interval(error)}
             print(f"trained on {trained_on}, {GEOMETRIES[name]}: {error.mean():.2f} meV")
-    keep(RESULTS, result)
+    keep(result, RESULTS)
     PAGE.write_text(_page(result))
 
 
