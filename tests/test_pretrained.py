@@ -7,11 +7,15 @@ import pytest
 
 import demetar
 from data_pipelines.errors import UserError
+from data_pipelines.molecules.record import Row
 from data_pipelines.nbody import protocols, simulation
+from data_pipelines.qm9.preparation import SAMPLE_FILE
+from data_pipelines.qm9.properties import COLUMNS, HARTREE_IN_MEV
+from data_pipelines.qm9.sources import read_raw
 from data_pipelines.registry import DATASETS, load_dataset
 from demetar.inference import package
 
-NAMES = demetar.pretrained_names()
+NAMES = [name for name in demetar.pretrained_names() if name.startswith("nbody-")]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,38 @@ def few_systems():
     return position, velocity, charge, target
 
 
-def test_three_seeds_of_the_particle_model_ship():
-    assert {f"nbody-egnn-e3-seed{seed}" for seed in (0, 1, 2)} <= set(NAMES)
+def test_what_ships():
+    assert {f"nbody-egnn-e3-seed{seed}" for seed in (0, 1, 2)} == set(NAMES)
+    assert {"qm9-homo", "qm9-homo-mmff"} == set(demetar.pretrained_names()) - set(NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:.*trained on the geometry")
+def test_models_of_molecules_are_as_good_as_their_cards():
+    """From QM9's own geometry one, from SMILES the other; the molecules are of all parts."""
+    molecules = list(read_raw(str(SAMPLE_FILE)))[100:140]
+    label = np.array([m.properties[COLUMNS.index("homo")] for m in molecules]) * HARTREE_IN_MEV
+    whole = demetar.load_model("qm9-homo")
+    rows = [
+        Row(
+            m.index,
+            smiles=m.smiles,
+            atomic_numbers=m.atomic_numbers.astype(int),
+            positions=m.positions,
+        )
+        for m in molecules
+    ]
+    error = {
+        "qm9-homo": whole.predict(rows)["homo_pred"] - label,
+        "qm9-homo-mmff": demetar.load_model("qm9-homo-mmff").predict([m.smiles for m in molecules])[
+            "homo_pred"
+        ]
+        - label,
+    }
+    for name, geometry in (("qm9-homo", "file"), ("qm9-homo-mmff", "mmff")):
+        card = package.read(name).card
+        assert card["geometry"] == geometry and card["targets"][0]["unit"] == "meV"
+        mae = card["result"]["targets"]["homo"]["mae"]
+        assert mae < 80 and np.nanmean(np.abs(error[name])) < 1.5 * mae
 
 
 @pytest.mark.parametrize("name", NAMES)

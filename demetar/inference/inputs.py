@@ -58,9 +58,16 @@ def _is_mol(item: Any) -> bool:
 def geometry_for(row: Row, trained_on: str) -> str:
     """How the positions of a row are made for a model: as in its training, if that can be.
 
-    Positions of a file cannot be made of a SMILES: `mmff` then.
+    Args:
+      row: of a file.
+      trained_on: of `geometry.GEOMETRIES`, or `file+mmff` for both. Positions of a file cannot be
+        made of a SMILES: `mmff` then.
     """
-    return "mmff" if trained_on == "file" and row.positions is None else trained_on
+    if not trained_on.startswith("file"):
+        return trained_on
+    if row.positions is not None:
+        return "file"
+    return trained_on.partition("+")[2] or "mmff"
 
 
 def table(columns: Mapping[str, np.ndarray], units: Mapping[str, str]):

@@ -340,7 +340,7 @@ class Model:
 
     def warn_of_geometry(self, geometries: set[str]) -> None:
         """Warns where positions were made in another way than those of training."""
-        if others := sorted(geometries - {self.geometry}):
+        if others := sorted(geometries - set(self.geometry.split("+"))):
             warnings.warn(
                 f"{self.name} was trained on the geometry {self.geometry!r}, and these molecules "
                 f"have {', '.join(map(repr, others))}: its errors are larger than its card says.",

@@ -184,6 +184,12 @@ def _opened(name: str, where: pathlib.Path, files: dict[str, bytes]) -> Package:
 # --- writing -------------------------------------------------------------------------------------
 
 
+def _geometry_of(passport: dict) -> str:
+    """How the positions of these molecules were made; QM9's passport says more about it."""
+    geometry = passport.get("geometry", "file")
+    return geometry["kind"] if isinstance(geometry, dict) else geometry
+
+
 def describe(experiment, result: Mapping[str, Any], licence: str = "") -> dict[str, Any]:
     """The card of a model, but for the hash of its weights.
 
@@ -220,7 +226,7 @@ def describe(experiment, result: Mapping[str, Any], licence: str = "") -> dict[s
         },
         "edges": edges,
         "all_pairs": bool((sizes.num_edges == sizes.num_nodes * (sizes.num_nodes - 1) // 2).all()),
-        "geometry": passport.get("geometry", "file") if are_molecules else "",
+        "geometry": _geometry_of(passport) if are_molecules else "",
         "charges": sorted(int(charge) for charge in passport.get("charges", {0: 0})),
         "inputs": [name for name in inputs if getattr(arrays, name) is not None],
         "facts": dict(dataset.model_facts),
