@@ -678,3 +678,24 @@ def test_an_output_that_was_not_finished_is_not_there(tmp_path):
         with open_writer(tmp_path / "o.npz", source, {"p": "number"}):
             raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_records_without_a_smiles_are_the_same_molecules(tmp_path):
+    """What a prediction reads: all but the SMILES, which a flat drawing keeps."""
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    solid = Chem.AddHs(Chem.MolFromSmiles("C[C@H](O)c1ccccc1"))
+    AllChem.EmbedMolecule(solid, randomSeed=1)
+    flat = Chem.MolFromSmiles("CCO")
+    AllChem.Compute2DCoords(flat)
+    path = tmp_path / "m.sdf"
+    path.write_text("".join(Chem.MolToMolBlock(m) + "$$$$\n" for m in (solid, flat)))
+    whole, light = readers.parser(path), readers.parser(path, smiles=False)
+    rows = list(readers.read_rows(path, parse=False))
+    for row, wanted in zip(rows, ("", "CCO"), strict=True):
+        full, found = whole(row), light(row)
+        assert found.smiles == wanted and full.smiles
+        np.testing.assert_array_equal(found.bonds, full.bonds)
+        np.testing.assert_array_equal(found.atomic_numbers, full.atomic_numbers)
+        assert found.charge == full.charge

@@ -150,7 +150,9 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     """Writes the parts of the wanted chunks that are missing; their statuses."""
     model, seen = request.model, set()
     items = _rows(request, lambda chunk: wanted(chunk) and not request.part(chunk).exists())
-    make = functools.partial(_make, readers.parser(request.path), request.geometry, model.geometry)
+    make = functools.partial(
+        _make, readers.parser(request.path, smiles=False), request.geometry, model.geometry
+    )
     counts = Counter()
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
         made = map_rows(make, items)

@@ -13,6 +13,7 @@ A damaged row comes as a `Row` with a refusal. So does the end of a file that is
 before it come first. Nothing is unpickled, and no archive is unpacked.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -127,9 +128,15 @@ def read_rows(path, *, smiles_column: str = "", parse: bool = True) -> Iterator[
             raise UserError(f"{path} has no rows: give a file with at least one molecule.")
 
 
-def parser(path) -> Callable[[Row], Row]:
-    """What makes a whole row of one that `read_rows(path, parse=False)` gave; can be pickled."""
-    return format_of(path).parse
+def parser(path, smiles: bool = True) -> Callable[[Row], Row]:
+    """What makes a whole row of one that `read_rows(path, parse=False)` gave; can be pickled.
+
+    Args:
+      path: of the file.
+      smiles: False: records of an SDF that have positions get no SMILES, which takes time.
+    """
+    parse = format_of(path).parse
+    return parse if smiles or parse is not sdf.parse else functools.partial(sdf.parse, smiles=False)
 
 
 def columns(path) -> tuple[str, ...]:
