@@ -699,3 +699,5 @@ def test_records_without_a_smiles_are_the_same_molecules(tmp_path):
         np.testing.assert_array_equal(found.bonds, full.bonds)
         np.testing.assert_array_equal(found.atomic_numbers, full.atomic_numbers)
         assert found.charge == full.charge
+        copied = readers.columns_parser(path)(row)
+        assert copied.columns == full.columns and copied.text == full.text

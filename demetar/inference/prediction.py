@@ -170,13 +170,13 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
 
 def _rows(request: Prediction, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
     """The rows of these chunks with the number of their chunk, parsed as little as can be."""
-    for chunk, rows in _chunks(request, parse=False):
+    for chunk, rows in _chunks(request):
         if wanted(chunk):
             yield from ((chunk, row) for row in rows)
 
 
-def _chunks(request: Prediction, parse: bool) -> Iterator[tuple[int, Iterator[Row]]]:
-    rows = readers.read_rows(request.path, smiles_column=request.smiles, parse=parse)
+def _chunks(request: Prediction) -> Iterator[tuple[int, Iterator[Row]]]:
+    rows = readers.read_rows(request.path, smiles_column=request.smiles, parse=False)
     numbered = itertools.groupby(enumerate(rows), key=lambda pair: pair[0] // ROWS_OF_A_CHUNK)
     for chunk, group in numbered:
         yield chunk, (row for _, row in group)
@@ -238,7 +238,7 @@ def _spread(values, places: list[int], number: int, as_list: bool = False):
 
 def _wait_for_others(request: Prediction) -> None:
     """Until all parts are there, or none came for too long."""
-    number = 1 + max(chunk for chunk, _ in _chunks(request, parse=False))
+    number = 1 + max(chunk for chunk, _ in _chunks(request))
     found, since = -1, time.monotonic()
     while (there := len(list(request.parts.glob("[0-9]*.npz")))) < number:
         if there > found:
@@ -251,10 +251,11 @@ def _wait_for_others(request: Prediction) -> None:
 
 def _write(request: Prediction) -> Counter:
     """Writes the output; the statuses of all rows."""
-    counts = Counter()
-    with writers.open_writer(request.out, request.path, request.columns) as out:
-        for chunk, rows in tqdm(_chunks(request, parse=True), "Writing", unit=" chunks"):
+    counts, path = Counter(), request.path
+    parse = readers.parser(path) if request.keeps_atoms else readers.columns_parser(path)
+    with writers.open_writer(request.out, path, request.columns) as out:
+        for chunk, rows in tqdm(_chunks(request), "Writing", unit=" chunks"):
             part = Part.load(request.part(chunk))
-            out.write(list(rows), part.columns, part.molecules)
+            out.write([parse(row) for row in rows], part.columns, part.molecules)
             counts += Counter(part.columns["status"].tolist())
     return counts

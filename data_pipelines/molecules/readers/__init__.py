@@ -139,6 +139,12 @@ def parser(path, smiles: bool = True) -> Callable[[Row], Row]:
     return parse if smiles or parse is not sdf.parse else functools.partial(sdf.parse, smiles=False)
 
 
+def columns_parser(path) -> Callable[[Row], Row]:
+    """As `parser`, of rows whose `columns` alone are looked at: nothing is perceived of an SDF."""
+    parse = format_of(path).parse
+    return sdf.parse_columns if parse is sdf.parse else parse
+
+
 def columns(path) -> tuple[str, ...]:
     """Names of all columns of a file; of SDF, xyz and ase files this reads it once.
 

@@ -7,6 +7,7 @@ positions. A record that lacks hydrogens keeps the positions that the file gives
 more hydrogens than its atoms, and `row.text` can be parsed again to add them.
 """
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator
@@ -79,6 +80,11 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
 def parse(row: Row, smiles: bool = True) -> Row:
     """The whole row of one that has only a number and a text."""
     return row if row.refusal else parse_sdf_block(row.number, row.text, smiles)
+
+
+def parse_columns(row: Row) -> Row:
+    """The row with its properties alone: what a table of predictions copies."""
+    return dataclasses.replace(row, columns=properties(row.text))
 
 
 def parse_sdf_block(number: int, text: str, smiles: bool = True) -> Row:
