@@ -28,6 +28,7 @@ from data_pipelines.qm9.sources import read_qm9pack
 from demetar.inference.model import load_model
 from demetar.speed.machine import processor
 from demetar.training import runtime
+from demetar.training.result import git_commit
 
 SMOKE = bool(os.environ.get("SMOKE"))
 BLOCKS = 200 if SMOKE else 4_000  # different molecules
@@ -55,6 +56,7 @@ def main() -> None:
         "most_memory_gib": round(memory / 2**30, 2),
         "forward_molecules_per_second": round(_forward_rate(options.model, molecules), 1),
         "machine": processor(),
+        "commit": git_commit(),
     }
     result["share_of_forward"] = round(
         result["rows_per_second"] / result["forward_molecules_per_second"], 3

@@ -14,7 +14,6 @@ import argparse
 import json
 import pathlib
 import string
-import subprocess
 
 import numpy as np
 from ours import keep
@@ -25,6 +24,7 @@ from data_pipelines.registry import load_dataset
 from demetar.inference.model import load_model
 from demetar.speed.machine import processor
 from demetar.training import runtime
+from demetar.training.result import git_commit
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "smiles.json"
@@ -41,7 +41,7 @@ def main() -> None:
     sets = {name: _test_part(name, options.cache_dir) for name in GEOMETRIES}
     common = sorted(set(sets["file"][0]) & set(sets["mmff"][0]))
     result = {"split": "dimenet", "test": len(sets["file"][0]), "molecules": len(common)}
-    result |= {"machine": processor(), "commit": _commit(), "models": {}}
+    result |= {"machine": processor(), "commit": git_commit(), "models": {}}
     for text in options.model:
         trained_on, _, folder = text.partition("=")
         model = load_model(folder)
@@ -79,11 +79,6 @@ def _interval(error: np.ndarray) -> list[float]:
     rng = np.random.default_rng(0)
     means = [rng.choice(error, len(error)).mean() for _ in range(1_000)]
     return np.percentile(means, [2.5, 97.5]).tolist()
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def _page(result: dict) -> str:

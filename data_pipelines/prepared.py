@@ -11,15 +11,18 @@ sizes and SHA-256 in the passport.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from data_pipelines.errors import UserError
 
@@ -63,6 +66,37 @@ def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], passport: dict) -
         np.save(file, array, allow_pickle=False)
         files[name] = _file_facts(file)
     (folder / "passport.json").write_text(json.dumps(passport | {"files": files}, indent=1))
+
+
+def write_parts(
+    parts: pathlib.Path,
+    make: Callable[[int], Iterator],
+    size: int,
+    pack: Callable[[int, list], dict[str, np.ndarray]],
+    progress: Mapping[str, Any],
+) -> list[pathlib.Path]:
+    """Makes many items in parts of `size`; a killed preparation goes on after its last whole part.
+
+    Args:
+      parts: folder of its own, beside the final one, so that it outlives the building.
+      make: number of items that are done -> the others, in order.
+      size: items of a part; it must not change while `parts` is there.
+      pack: position of a part's first item, its items -> the arrays to keep.
+      progress: what tqdm says: `desc`, `unit`, `total`.
+
+    Returns:
+      The files of all parts, in order; the caller deletes the folder when it has joined them.
+    """
+    parts.mkdir(exist_ok=True)
+    done = len(list(parts.glob("[0-9]*.npz")))  # written in order, each whole or absent
+    # An iterator: a bar that is iterated anew each time is empty from the third time on.
+    made = iter(tqdm(make(done * size), initial=done * size, mininterval=1.0, **progress))
+    for number in itertools.count(done):
+        if not (items := list(itertools.islice(made, size))):
+            return sorted(parts.glob("[0-9]*.npz"))
+        building = parts / f"building-{number:06}.npz"
+        np.savez(building, **pack(number * size, items))
+        building.rename(parts / f"{number:06}.npz")
 
 
 def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:

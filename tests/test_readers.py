@@ -691,7 +691,7 @@ def test_records_without_a_smiles_are_the_same_molecules(tmp_path):
     AllChem.Compute2DCoords(flat)
     path = tmp_path / "m.sdf"
     path.write_text("".join(Chem.MolToMolBlock(m) + "$$$$\n" for m in (solid, flat)))
-    whole, light = readers.parser(path), readers.parser(path, smiles=False)
+    whole, light = readers.parser(path), readers.parser(path, "atoms")
     rows = list(readers.read_rows(path, parse=False))
     for row, wanted in zip(rows, ("", "CCO"), strict=True):
         full, found = whole(row), light(row)
@@ -699,5 +699,5 @@ def test_records_without_a_smiles_are_the_same_molecules(tmp_path):
         np.testing.assert_array_equal(found.bonds, full.bonds)
         np.testing.assert_array_equal(found.atomic_numbers, full.atomic_numbers)
         assert found.charge == full.charge
-        copied = readers.columns_parser(path)(row)
+        copied = readers.parser(path, "columns")(row)
         assert copied.columns == full.columns and copied.text == full.text

@@ -1,8 +1,8 @@
 """Molecules of one's own: any file that `demetar check` can read, any targets with their units."""
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
+from types import SimpleNamespace as Options  # the keys of DEFAULTS as attributes
 
 import numpy as np
 
@@ -42,42 +42,12 @@ DEFAULTS = {
 _FEW = 20  # molecules with an element; fewer teach a model little about it
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """The options of `DEFAULTS`, with their types."""
-
-    path: str
-    validation_path: str
-    test_path: str
-    targets: tuple[str, ...]
-    extensive: tuple[str, ...]
-    references: str
-    smiles: str
-    geometry: str
-    charges: str
-    split: str
-    split_column: str
-    split_file: str
-    fractions: tuple[float, float, float]
-    fold: int
-    folds: int
-    split_seed: int
-    group: str
-    max_failed: float
-    edges: str
-    edge_cutoff: float
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.path, self.validation_path, self.test_path)))
-
-
 def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
     """A file of molecules with the options of `DEFAULTS`."""
-    options = _checked(_Options(**options))
+    options = _checked(Options(**DEFAULTS | options))
     columns = tuple(parse_column(text) for text in options.targets)
     request = Request(
-        paths=options.paths,
+        paths=_paths(options),
         targets=columns,
         smiles=options.smiles,
         geometry=_geometry(options),
@@ -113,7 +83,7 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
         arrays=arrays,
         targets=targets,
         split=parts,
-        split_name="files" if len(options.paths) > 1 else options.split,
+        split_name="files" if len(_paths(options)) > 1 else options.split,
         buckets=make_buckets(arrays, buckets),
         passport=passport | {"split_sha256": split_hash.hexdigest()},
         about=_about(molecules, passport, parts, elements, targets),
@@ -122,7 +92,12 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
     )
 
 
-def _checked(options: _Options) -> _Options:
+def _paths(options: Options) -> tuple[str, ...]:
+    """The file, or the files of the three parts."""
+    return tuple(filter(None, (options.path, options.validation_path, options.test_path)))
+
+
+def _checked(options: Options) -> Options:
     if not options.path:
         raise UserError(
             "config.data.path is empty: name a file of molecules, e.g. "
@@ -146,7 +121,7 @@ def _checked(options: _Options) -> _Options:
     return options
 
 
-def _geometry(options: _Options) -> str:
+def _geometry(options: Options) -> str:
     """What `auto` means: the positions of the file, if it has any."""
     first = preparation.first_row(options.path, options.smiles)
     known = {*first.columns, *first.node_columns}
@@ -163,7 +138,7 @@ def _geometry(options: _Options) -> str:
     return "mmff" if first.positions is None else "file"
 
 
-def _check_refused(passport: dict, options: _Options) -> None:
+def _check_refused(passport: dict, options: Options) -> None:
     refused = sum(passport["refused"].values())
     rows = refused + passport["molecules"]
     if refused > options.max_failed * rows:
@@ -178,7 +153,7 @@ def _check_refused(passport: dict, options: _Options) -> None:
         )
 
 
-def _check_charges(molecules: OwnMolecules, options: _Options) -> None:
+def _check_charges(molecules: OwnMolecules, options: Options) -> None:
     charges = np.unique(molecules.charge)
     if len(charges) > 1 and options.charges == "refuse":
         odd = molecules.charge != np.bincount(molecules.charge - charges[0]).argmax() + charges[0]
@@ -189,7 +164,7 @@ def _check_charges(molecules: OwnMolecules, options: _Options) -> None:
         )
 
 
-def _target(column, molecules: OwnMolecules, options: _Options) -> Target:
+def _target(column, molecules: OwnMolecules, options: Options) -> Target:
     """How a column is read out: of atoms where the file has a number of each."""
     if column.name in molecules.node_labels:
         if molecules.node_labels[column.name].ndim > 1:
@@ -204,8 +179,8 @@ def _target(column, molecules: OwnMolecules, options: _Options) -> Target:
     )
 
 
-def _split(molecules: OwnMolecules, passport: dict, options: _Options) -> dict[str, np.ndarray]:
-    if len(options.paths) > 1:
+def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[str, np.ndarray]:
+    if len(_paths(options)) > 1:
         return {part: np.flatnonzero(molecules.source == k) for k, part in enumerate(PARTS)}
     column = None
     if options.split == "column":
@@ -226,7 +201,7 @@ def _split(molecules: OwnMolecules, passport: dict, options: _Options) -> dict[s
 
 
 def _labels(
-    molecules: OwnMolecules, targets: tuple[Target, ...], elements, parts, options: _Options
+    molecules: OwnMolecules, targets: tuple[Target, ...], elements, parts, options: Options
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[int, float]]]:
     """Labels of graphs with the references of atoms taken off, and these references."""
     unknown = set(options.extensive) - {target.name for target in targets}

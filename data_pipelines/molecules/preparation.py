@@ -18,7 +18,6 @@ import shutil
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known
@@ -30,7 +29,7 @@ from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.parts import columns_of_part, join
 from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row
 from data_pipelines.molecules.units import Column
-from data_pipelines.prepared import default_cache_dir, prepare, write
+from data_pipelines.prepared import default_cache_dir, prepare, write, write_parts
 
 _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
 ROWS_OF_A_PART = 2_048
@@ -131,10 +130,10 @@ def _file_sha256(path: str) -> str:
 # --- one row, in a worker ------------------------------------------------------------------------
 
 
-def _prepare_row(request: Request, item: tuple[int, Row]) -> dict:
+def _prepare_row(request: Request, parsers: tuple, item: tuple[int, Row]) -> dict:
     """What a part keeps of a row: a refusal, or a molecule with its labels and keys."""
     source, row = item
-    row = readers.parser(request.paths[source])(row)
+    row = parsers[source](row)
     labels = np.array([_label(row, column) for column in request.targets])
     made = make_molecule(row, request.geometry)
     node_labels = {
@@ -183,23 +182,18 @@ def _label(row: Row, column: Column) -> float:
 
 
 def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
-    parts.mkdir(exist_ok=True)
-    done = len(list(parts.glob("[0-9]*.npz")))  # written in order, each whole or absent
-    rows = itertools.islice(_rows(request.paths, request.smiles), done * ROWS_OF_A_PART, None)
-    bar = tqdm(
-        map_rows(functools.partial(_prepare_row, request), rows),
-        "Preparing molecules",
-        unit=" rows",
-        initial=done * ROWS_OF_A_PART,
+    make_row = functools.partial(
+        _prepare_row, request, tuple(readers.parser(path) for path in request.paths)
     )
-    made = iter(bar)  # once: a bar that is iterated a third time is empty
-    for number in itertools.count(done):
-        if not (chunk := list(itertools.islice(made, ROWS_OF_A_PART))):
-            break
-        building = parts / f"building-{number:06}.npz"
-        np.savez(building, **columns_of_part(request.targets, chunk, 1 + number * ROWS_OF_A_PART))
-        building.rename(parts / f"{number:06}.npz")
-    files = sorted(parts.glob("[0-9]*.npz"))
+
+    def make(done: int) -> Iterator[dict]:
+        return map_rows(make_row, itertools.islice(_rows(request), done, None))
+
+    def pack(start: int, chunk: list[dict]) -> dict[str, np.ndarray]:
+        return columns_of_part(request.targets, chunk, start + 1)
+
+    bar = {"desc": "Preparing molecules", "unit": " rows"}
+    files = write_parts(parts, make, ROWS_OF_A_PART, pack, bar)
     if not files:
         raise UserError(f"{', '.join(request.paths)} has no rows.")
     arrays, facts = join(files, request.targets)
@@ -207,9 +201,9 @@ def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pat
     shutil.rmtree(parts)
 
 
-def _rows(paths: tuple[str, ...], smiles: str) -> Iterator[tuple[int, Row]]:
-    for source, path in enumerate(paths):
-        for row in readers.read_rows(path, smiles_column=smiles, parse=False):
+def _rows(request: Request) -> Iterator[tuple[int, Row]]:
+    for source, path in enumerate(request.paths):
+        for row in readers.read_rows(path, smiles_column=request.smiles, parse=False):
             yield source, row
 
 

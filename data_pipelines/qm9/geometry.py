@@ -7,19 +7,17 @@ A molecule whose geometry cannot be made is left out of its part and counted in 
 
 import functools
 import hashlib
-import itertools
 import pathlib
 import shutil
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Row
-from data_pipelines.prepared import default_cache_dir, prepare, write
+from data_pipelines.prepared import default_cache_dir, prepare, write, write_parts
 from data_pipelines.qm9 import preparation
 from data_pipelines.qm9.preparation import MoleculeArrays
 
@@ -141,28 +139,16 @@ def joined(first: MoleculeArrays, second: MoleculeArrays) -> MoleculeArrays:
 
 
 def _build(how, source: pathlib.Path, molecules, wanted_g, parts: pathlib.Path, folder) -> None:
-    parts.mkdir(exist_ok=True)
-    files = sorted(parts.glob("[0-9]*.npz"))  # written in order, each whole or absent
-    done = len(files) * _MOLECULES_OF_A_PART
-    rows = _rows(source, molecules, wanted_g[done:])
-    # Called by its own name, so that the processes import nothing of a data set, and no JAX.
-    bar = tqdm(
-        map_rows(functools.partial(make_molecule, geometry=how), rows),
-        f"Making {how} geometries of QM9",
-        total=len(wanted_g),
-        initial=min(done, len(wanted_g)),
-        unit=" molecules",
-        mininterval=1.0,
-    )
-    made = iter(bar)  # once: a bar that is iterated a third time is empty
-    for number in itertools.count(len(files)):
-        if not (chunk := list(itertools.islice(made, _MOLECULES_OF_A_PART))):
-            break
-        index = molecules.index[wanted_g[number * _MOLECULES_OF_A_PART :][: len(chunk)]]
-        building = parts / f"building-{number:06}.npz"
-        np.savez(building, **_columns(index, chunk))
-        building.rename(parts / f"{number:06}.npz")
-    arrays, failed = _join(sorted(parts.glob("[0-9]*.npz")))
+    def make(done: int) -> Iterator:
+        # Called by its own name, so that the processes import nothing of a data set, and no JAX.
+        make_one = functools.partial(make_molecule, geometry=how)
+        return map_rows(make_one, _rows(source, molecules, wanted_g[done:]))
+
+    def pack(start: int, made: list) -> dict[str, np.ndarray]:
+        return _columns(molecules.index[wanted_g[start : start + len(made)]], made)
+
+    bar = {"desc": f"Making {how} geometries of QM9", "unit": " molecules", "total": len(wanted_g)}
+    arrays, failed = _join(write_parts(parts, make, _MOLECULES_OF_A_PART, pack, bar))
     assert len(arrays["index"]) + len(failed) == len(wanted_g)
     write(folder, arrays, _passport(how, arrays, failed))
     shutil.rmtree(parts)

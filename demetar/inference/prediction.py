@@ -151,7 +151,7 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     model, seen = request.model, set()
     items = _rows(request, lambda chunk: wanted(chunk) and not request.part(chunk).exists())
     make = functools.partial(
-        _make, readers.parser(request.path, smiles=False), request.geometry, model.geometry
+        _make, readers.parser(request.path, "atoms"), request.geometry, model.geometry
     )
     counts = Counter()
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
@@ -252,7 +252,7 @@ def _wait_for_others(request: Prediction) -> None:
 def _write(request: Prediction) -> Counter:
     """Writes the output; the statuses of all rows."""
     counts, path = Counter(), request.path
-    parse = readers.parser(path) if request.keeps_atoms else readers.columns_parser(path)
+    parse = readers.parser(path, "all" if request.keeps_atoms else "columns")
     with writers.open_writer(request.out, path, request.columns) as out:
         for chunk, rows in tqdm(_chunks(request), "Writing", unit=" chunks"):
             part = Part.load(request.part(chunk))

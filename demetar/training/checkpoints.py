@@ -75,11 +75,6 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def best_step(self) -> int | None:
-        """The step with the lowest validation score so far; None before the first evaluation."""
-        latest = self.latest_step()
-        return None if latest is None else self.meta(latest)[1].best_step or None
-
     def meta(self, step: int) -> tuple[dict, Progress]:
         """Identity (config and passport) and progress of the run at `step`."""
         meta = self._manager.restore(

@@ -98,7 +98,7 @@ def final_result(
         "seed": experiment.config.seed,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "params_sha256": params_sha256(state.params),
         "state_sha256": state_sha256(state, progress.to_json()),
     }
@@ -110,7 +110,7 @@ def final_result(
     return result
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of the checkout this code runs from; None outside of one."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

@@ -23,8 +23,11 @@ from data_pipelines.molecules.readers import ase_files, grouped, npz, sdf, table
 from data_pipelines.molecules.readers.fields import Damaged
 from data_pipelines.molecules.record import Refusal, Row
 
+# "all"; "atoms": all but a SMILES that the atoms of the file imply; "columns": `Row.columns` alone.
+NEEDS = ("all", "atoms", "columns")
 
-def _whole(row: Row) -> Row:
+
+def _whole(row: Row, need: str) -> Row:
     """What is left to parse of a row that is whole: nothing."""
     return row
 
@@ -40,7 +43,7 @@ class Format(NamedTuple):
       name: for a person.
       read: path, name of the column of SMILES ("": found by its name) -> rows. Where `parse` has
         something left to do, they have only a number and a text.
-      parse: such a row -> the row; can be pickled.
+      parse: such a row and one of `NEEDS` -> the row; can be pickled.
       columns: path -> names of all its columns, in the order in which they are first met.
       count: path -> number of rows, or None where only reading would tell.
     """
@@ -48,7 +51,7 @@ class Format(NamedTuple):
     name: str
     read: Callable[[pathlib.Path, str], Iterator[Row]]
     columns: Callable[[pathlib.Path], tuple[str, ...]]
-    parse: Callable[[Row], Row] = _whole
+    parse: Callable[[Row, str], Row] = _whole
     count: Callable[[pathlib.Path], int | None] = _unknown
 
 
@@ -117,7 +120,7 @@ def read_rows(path, *, smiles_column: str = "", parse: bool = True) -> Iterator[
     try:
         for row in chosen.read(path, smiles_column):
             number = row.number
-            yield chosen.parse(row) if parse else row
+            yield chosen.parse(row, "all") if parse else row
     except Damaged as damage:
         if not number:
             raise UserError(f"{path} cannot be read as {chosen.name}: {damage}.") from damage
@@ -128,21 +131,14 @@ def read_rows(path, *, smiles_column: str = "", parse: bool = True) -> Iterator[
             raise UserError(f"{path} has no rows: give a file with at least one molecule.")
 
 
-def parser(path, smiles: bool = True) -> Callable[[Row], Row]:
+def parser(path, need: str = "all") -> Callable[[Row], Row]:
     """What makes a whole row of one that `read_rows(path, parse=False)` gave; can be pickled.
 
     Args:
       path: of the file.
-      smiles: False: records of an SDF that have positions get no SMILES, which takes time.
+      need: of `NEEDS`, what will be looked at: what costs time and is not needed may be left out.
     """
-    parse = format_of(path).parse
-    return parse if smiles or parse is not sdf.parse else functools.partial(sdf.parse, smiles=False)
-
-
-def columns_parser(path) -> Callable[[Row], Row]:
-    """As `parser`, of rows whose `columns` alone are looked at: nothing is perceived of an SDF."""
-    parse = format_of(path).parse
-    return sdf.parse_columns if parse is sdf.parse else parse
+    return functools.partial(format_of(path).parse, need=need)
 
 
 def columns(path) -> tuple[str, ...]:

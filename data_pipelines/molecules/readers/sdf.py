@@ -77,14 +77,13 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
             yield last, False
 
 
-def parse(row: Row, smiles: bool = True) -> Row:
-    """The whole row of one that has only a number and a text."""
-    return row if row.refusal else parse_sdf_block(row.number, row.text, smiles)
-
-
-def parse_columns(row: Row) -> Row:
-    """The row with its properties alone: what a table of predictions copies."""
-    return dataclasses.replace(row, columns=properties(row.text))
+def parse(row: Row, need: str) -> Row:
+    """The row of one that has only a number and a text; `need` of `readers.NEEDS`."""
+    if row.refusal:
+        return row
+    if need == "columns":
+        return dataclasses.replace(row, columns=properties(row.text))
+    return parse_sdf_block(row.number, row.text, smiles=need == "all")
 
 
 def parse_sdf_block(number: int, text: str, smiles: bool = True) -> Row:

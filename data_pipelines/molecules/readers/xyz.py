@@ -44,8 +44,9 @@ def is_plain(comment: str) -> bool:
     return "=" not in comment
 
 
-def parse(row: Row) -> Row:
-    """The whole row of one that has only a number and a text."""
+def parse(row: Row, need: str) -> Row:
+    """The whole row of one that has only a number and a text, whatever is needed of it."""
+    del need  # ase reads a frame at once
     if row.refusal:
         return row
     try:
@@ -68,7 +69,7 @@ def read_first(path: pathlib.Path) -> Row:
         return refuse("there is no such file beside the table: correct the path")
     try:
         for text in _frames(path):
-            return parse(Row(1, text=text))
+            return parse(Row(1, text=text), "all")
     except Damaged as damage:
         return refuse(str(damage))
     return refuse("the file is empty")
