@@ -10,10 +10,9 @@ from data_pipelines.errors import UserError, check_known
 from data_pipelines.graph import Array, Graph
 from data_pipelines.targets import Target
 
+KEPT = "kept_embedding"  # of the graph's last features; a name that no layer of a model has
 # What `symmetries` may name: positions turn, reflect and shift with the input, velocities turn and
 # reflect, and all other targets stay; nodes may come in any order.
-KEPT = "kept_embedding"  # a name that no layer of a model has
-
 SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
 
 

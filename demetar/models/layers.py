@@ -95,6 +95,16 @@ class Links:
     mask_L: Array
 
 
+def softmax_at(index_L: Array, logits_LxH: Array, mask_Lx1: Array, number: int) -> Array:
+    """Softmax over the rows that have the same of `number` indices, `[L, H]`; 0 where masked."""
+    logits_LxH = jnp.where(mask_Lx1, logits_LxH, -1e30)
+    most_NxH = jax.ops.segment_max(logits_LxH, index_L, number)
+    most_LxH = jax.lax.stop_gradient(jnp.maximum(most_NxH, -1e30))[index_L]
+    weights_LxH = jnp.where(mask_Lx1, jnp.exp(logits_LxH - most_LxH), 0)
+    total_NxH = jax.ops.segment_sum(weights_LxH, index_L, number)
+    return weights_LxH / jnp.where(total_NxH > 0, total_NxH, 1)[index_L]
+
+
 def attend_along(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, links: Links) -> Array:
     """As `ops.attend`, each query over the keys it is linked to; 0 where there is none."""
     num_queries, wide = q_HxNxd.shape[1], links.bias_LxH.dtype
@@ -102,12 +112,7 @@ def attend_along(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, links: Links) -
     sums = lambda x: jax.ops.segment_sum(x, links.query_L, num_queries)
     q_LxHxd = at(q_HxNxd, links.query_L)
     logits_LxH = (q_LxHxd * at(k_HxMxd, links.key_L)).sum(axis=-1).astype(wide) + links.bias_LxH
-    logits_LxH = jnp.where(links.mask_L[:, None], logits_LxH, -1e30)
-    most_NxH = jax.ops.segment_max(logits_LxH, links.query_L, num_queries)
-    most_LxH = jax.lax.stop_gradient(jnp.maximum(most_NxH, -1e30))[links.query_L]
-    weights_LxH = jnp.where(links.mask_L[:, None], jnp.exp(logits_LxH - most_LxH), 0)
-    total_NxH = sums(weights_LxH)
-    weights_LxH = weights_LxH / jnp.where(total_NxH > 0, total_NxH, 1)[links.query_L]
+    weights_LxH = softmax_at(links.query_L, logits_LxH, links.mask_L[:, None], num_queries)
     v_LxHxd = at(v_HxMxd, links.key_L)
     mixed_NxHxd = sums(v_LxHxd.astype(wide) * weights_LxH[..., None])
     return mixed_NxHxd.astype(v_HxMxd.dtype).swapaxes(0, 1)
@@ -298,13 +303,7 @@ class Messages:
     def softmax_at_receiver(self, logits_MxH: Array) -> Array:
         """Softmax over the messages to each node, `[M, H]`; 0 for padding."""
         wide = logits_MxH.astype(jnp.promote_types(logits_MxH.dtype, jnp.float32))
-        real = self.mask_Mx1 > 0
-        wide = jnp.where(real, wide, -1e30)
-        most_NxH = jax.ops.segment_max(wide, self.receiver_M, self.num_nodes)
-        most_MxH = jax.lax.stop_gradient(jnp.maximum(most_NxH, -1e30))[self.receiver_M]
-        weight_MxH = jnp.where(real, jnp.exp(wide - most_MxH), 0)
-        total_NxH = jax.ops.segment_sum(weight_MxH, self.receiver_M, self.num_nodes)
-        return weight_MxH / jnp.where(total_NxH > 0, total_NxH, 1)[self.receiver_M]
+        return softmax_at(self.receiver_M, wide, self.mask_Mx1 > 0, self.num_nodes)
 
 
 def messages_of(graph: Graph, loops: bool = False) -> Messages:
