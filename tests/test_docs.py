@@ -119,6 +119,13 @@ def test_a_command_line_that_is_wrong_is_noticed(parse_only, capsys):
     capsys.readouterr()
 
 
+def test_every_command_stands_on_its_page():
+    page = (REPOSITORY / "docs" / "reference" / "commands.md").read_text()
+    rows = " ".join(re.findall(r"^\| (`.+?) \|", page, re.MULTILINE))
+    for command in cli.COMMANDS:
+        assert f"\ndemetar {command} " in page and f"`{command}`" in rows, command
+
+
 def test_commands_that_are_not_run_are_understood(parse_only, capsys):
     wrong, seen = [], 0
     for fence in ALL:
