@@ -15,7 +15,8 @@ from data_pipelines.errors import UserError, suggest
 # For suggestions; any other unit that pint knows is as good.
 _USUAL = (
     "eV meV hartree Ha kcal/mol kJ/mol cal/mol/K J/mol/K debye D e*angstrom bohr angstrom "
-    "angstrom^2 bohr^2 bohr^3 angstrom^3 eV/angstrom hartree/bohr kcal/mol/angstrom GHz 1/cm K nm mol/L 1"
+    "angstrom^2 bohr^2 bohr^3 angstrom^3 eV/angstrom hartree/bohr kcal/mol/angstrom "
+    "GHz 1/cm K nm mol/L 1"
 ).split()
 # What pint reads as something that no molecule has.
 _MISREAD = {
