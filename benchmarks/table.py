@@ -13,6 +13,9 @@ evaluations (6) are parts of it. So every system sees its rate fall to the end. 
 training alone: compiling and evaluating come on top. Test is evaluated once, with the weights that
 validation chose.
 
+The pilots of all rows come first: they need a quiet machine, the runs after them do not, for what a
+run computes depends on its number of steps and not on the time that they take.
+
 What is finished is skipped and what was killed goes on: runs live in runs/table, numbers in
 benchmarks/results/table.json, from which the page, docs/results/table.md, is written.
 """
@@ -26,6 +29,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 SMOKE = bool(os.environ.get("SMOKE"))
@@ -147,14 +151,20 @@ TARGETS = {"qm9": ("homo", "mae"), "nbody": ("position", "mse")}
 # --- training ------------------------------------------------------------------------------------
 
 
+def pilot_of(row: Row) -> dict:
+    """Rates of a row, measured once."""
+    file = RUNS / row.name / "pilot.json"
+    if not file.exists():
+        found = measure(row.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
 def train(row: Row, minutes: float, seed: int) -> dict:
     """Trains a row, or goes on with it; what the page needs of it."""
-    folder = RUNS / row.name
-    folder.mkdir(parents=True, exist_ok=True)
-    pilot_file, workdir = folder / f"pilot-{minutes:g}.json", folder / f"run-{minutes:g}-{seed}"
-    if not pilot_file.exists():
-        pilot_file.write_text(json.dumps(measure(row.name)))
-    pilot = json.loads(pilot_file.read_text())
+    pilot, folder = pilot_of(row), RUNS / row.name
+    workdir = folder / f"run-{minutes:g}-{seed}"
     flags = _flags(row, pilot, minutes) | {"seed": seed}
     command = ["-m", "demetar.main", f"--config={row.config}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
@@ -364,6 +374,14 @@ def keep_result(kind: str, name: str, found: dict) -> None:
     new.replace(RESULTS)
 
 
+def _try(job: Callable[..., dict], *arguments) -> dict:
+    """What the job finds, or why it finds nothing: the other rows are worth having."""
+    try:
+        return job(*arguments)
+    except RuntimeError as error:
+        return {"blank": str(error)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -383,10 +401,12 @@ def main() -> None:
     if options.ratios:
         jobs = [("ratios", name, lambda name=name: compare(name)) for name in RATIOS]
     else:
+        rows = [row for row in ROWS if row.name in (options.rows or [row.name])]
+        for row in [] if options.page else rows:
+            print(f"{row.name}: pilot {_try(pilot_of, row)}", flush=True)
         jobs = [
             ("rows", row.name, lambda row=row: train(row, options.minutes, options.seed))
-            for row in ROWS
-            if row.name in (options.rows or [row.name])
+            for row in rows
         ]
     for kind, name, job in [] if options.page else jobs:
         known = read_results()[kind].get(name, {"blank": ""})
@@ -394,10 +414,7 @@ def main() -> None:
             print(f"{name}: finished before", flush=True)
             continue
         print(f"{name} ...", flush=True)
-        try:
-            found = job()
-        except RuntimeError as error:  # the other rows are worth having
-            found = {"blank": str(error)}
+        found = _try(job)
         keep_result(kind, name, found)
         print({k: v for k, v in found.items() if k != "curve"}, flush=True)
         write_page()
