@@ -1,6 +1,5 @@
 """Models as files and in Python: whole, the same numbers for any batch, exported, in ASE."""
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -23,10 +22,10 @@ from data_pipelines.qm9 import properties
 from demetar import model_files
 from demetar.config.command_line import load_config
 from demetar.exits import EXIT_DONE
-from demetar.inference import export, inputs, package, programs, runs
+from demetar.inference import export, inputs, package, runs
 from demetar.inference.domain import Domain
 from demetar.inference.model import Model, load_model
-from demetar.models import create_model, predict
+from demetar.models import create_model, predict, predict_and_embed
 from demetar.models.base import GraphModel
 from demetar.records import files
 from demetar.training.checkpoints import Checkpoints
@@ -408,7 +407,7 @@ def test_an_embedding_is_free_in_training_and_blind_to_padding(name, options, mo
     params = random_weights(shapes)
     forward = lambda params: predict(model, params, batch)["energy"]
     program = str(jax.make_jaxpr(forward)(params))
-    embed = jax.jit(functools.partial(programs.embed, model))
+    embed = jax.jit(lambda params, batch: predict_and_embed(model, params, batch)[1])
     embedding = embed(params, batch)
     junk = batch.replace(
         position=jnp.where(batch.node_mask[..., None], batch.position, 7.0),
@@ -417,7 +416,7 @@ def test_an_embedding_is_free_in_training_and_blind_to_padding(name, options, mo
     np.testing.assert_array_equal(embed(params, junk), embedding)
     monkeypatch.setattr(GraphModel, "keep_embedding", lambda self, embedding_D: None)
     assert str(jax.make_jaxpr(forward)(params)) == program
-    assert programs.embed(model, params, batch) is None
+    assert predict_and_embed(model, params, batch)[1] is None
 
 
 def test_a_model_without_an_embedding_says_so(packed, molecules, monkeypatch):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import pickle
 import zipfile
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from data_pipelines.molecules import readers
 from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.readers import count_rows, parser, read_rows
 from data_pipelines.molecules.record import Refusal, Row
-from data_pipelines.molecules.writers import WRITERS, check_output, open_writer
+from data_pipelines.molecules.writers import WRITERS, Output
 
 h5py = pytest.importorskip("h5py")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -333,7 +334,7 @@ def test_csv_with_faults(tmp_path):
 def test_csv_bytes_that_are_no_utf8_come_out_again(tmp_path):
     content = b"smiles,name\nC,caf\xe9\n"
     rows = csv_rows(tmp_path, content)
-    with open_writer(tmp_path / "out.csv", tmp_path / "x.csv", {"p": "number"}) as out:
+    with Output(tmp_path / "out.csv", tmp_path / "x.csv", {"p": "number"}).open() as out:
         out.write(rows, {"p": [1.5]})
     assert (tmp_path / "out.csv").read_bytes() == b"smiles,name,p\nC,caf\xe9,1.5\n"
 
@@ -557,7 +558,7 @@ def predict(source, out, made):
             for molecule in made
         ],
     }
-    with open_writer(out, source, NEW) as writer:
+    with Output(out, source, NEW).open() as writer:
         for k in range(0, len(rows), 4):
             part = slice(k, k + 4)
             chunk = {name: column[part] for name, column in values.items()}
@@ -625,7 +626,7 @@ def test_sdf_and_xyz_keep_the_text_of_the_input(tmp_path, molecules, wanted):
         FILES[name](source, molecules, wanted)
         rows = list(read_rows(source))
         out = tmp_path / f"out-{name}"
-        with open_writer(out, source, {"p": "number"}) as writer:
+        with Output(out, source, {"p": "number"}).open() as writer:
             writer.write(rows, {"p": [1.5] * 6})
         text = out.read_text().replace("> <p>\n1.5\n\n", "").replace(" p=1.5", "")
         assert text == source.read_text().replace(">  <homo>  (", ">  <homo>  (")
@@ -639,7 +640,7 @@ def test_parquet_keeps_its_types(tmp_path):
     )
     parquet.write_table(table, tmp_path / "x.parquet")
     rows = list(read_rows(tmp_path / "x.parquet"))
-    with open_writer(tmp_path / "o.parquet", tmp_path / "x.parquet", {"p": "number"}) as out:
+    with Output(tmp_path / "o.parquet", tmp_path / "x.parquet", {"p": "number"}).open() as out:
         out.write(rows, {"p": [0.5, None]})
     found = parquet.read_table(tmp_path / "o.parquet")
     assert found.select(["smiles", "n", "l"]).equals(table)
@@ -650,7 +651,7 @@ def test_npz_whose_first_chunks_have_no_values(tmp_path):
     source = tmp_path / "x.csv"
     source.write_text("smiles\n" + "C\n" * 4)
     rows = list(read_rows(source))
-    with open_writer(tmp_path / "o.npz", source, {"e": "vector", "none": "vector"}) as out:
+    with Output(tmp_path / "o.npz", source, {"e": "vector", "none": "vector"}).open() as out:
         for row, value in zip(rows, [None, None, [1.0, 2.0], None], strict=True):
             out.write([row], {"e": [value], "none": [None]})
     found = np.load(tmp_path / "o.npz", allow_pickle=False)
@@ -662,20 +663,20 @@ def test_outputs_that_are_refused_before_anything_is_computed(tmp_path):
     source = tmp_path / "x.csv"
     source.write_text("smiles,homo_pred\nC,1\n")
     with pytest.raises(UserError, match="has a column 'homo_pred' already"):
-        check_output(tmp_path / "o.csv", source, {"homo_pred": "number"})
+        Output(tmp_path / "o.csv", source, {"homo_pred": "number"})
     with pytest.raises(UserError, match="is the input"):
-        check_output(source, source, {"p": "number"})
+        Output(source, source, {"p": "number"})
     with pytest.raises(UserError, match="must end in one of"):
-        check_output(tmp_path / "o.pdf", source, {"p": "number"})
+        Output(tmp_path / "o.pdf", source, {"p": "number"})
     with pytest.raises(UserError, match="There is no folder"):
-        check_output(tmp_path / "none" / "o.csv", source, {"p": "number"})
+        Output(tmp_path / "none" / "o.csv", source, {"p": "number"})
 
 
 def test_an_output_that_was_not_finished_is_not_there(tmp_path):
     source = tmp_path / "x.csv"
     source.write_text("smiles\nC\n")
     with pytest.raises(KeyboardInterrupt):
-        with open_writer(tmp_path / "o.npz", source, {"p": "number"}):
+        with Output(tmp_path / "o.npz", source, {"p": "number"}).open():
             raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
@@ -701,3 +702,30 @@ def test_records_without_a_smiles_are_the_same_molecules(tmp_path):
         assert found.charge == full.charge
         copied = readers.parser(path, "columns")(row)
         assert copied.columns == full.columns and copied.text == full.text
+
+
+@pytest.mark.parametrize(
+    "smiles, hydrogens, named, perceived",
+    [
+        ("c1ccccc1[N+](=O)[O-]", True, "", True),
+        ("[NH3+]CC(=O)[O-]", True, "> <charge>\n0\n\n", True),
+        ("C[NH3+]", True, "> <charge>\n0\n\n", False),  # stated otherwise than the bonds say
+        ("Oc1ccccc1", False, "", False),
+        ("[CH3]", True, "", False),
+    ],
+)
+def test_what_rdkit_has_read_is_not_perceived_again(tmp_path, smiles, hydrogens, named, perceived):
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    AllChem.EmbedMolecule(molecule, randomSeed=1)
+    molecule = molecule if hydrogens else Chem.RemoveHs(molecule)
+    path = tmp_path / "m.sdf"
+    path.write_text(f"{Chem.MolToMolBlock(molecule)}{named}$$$$\n")
+    (row,) = read_rows(path)
+    assert row.is_perceived == perceived
+    if perceived:
+        one, other = (make_molecule(r, "file") for r in (row, replace(row, is_perceived=False)))
+        for field in fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))

@@ -19,7 +19,6 @@ from data_pipelines.errors import UserError
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-_IN_FLIGHT = 3  # chunks for each process: one at work, the others so that none waits
 _DEATHS = 3  # of workers while no chunk gets done; then something is wrong with the items
 
 
@@ -28,6 +27,7 @@ def map_rows(
     items: Iterable[Item],
     processes: int = 0,
     chunk: int = 64,
+    ahead: int = 3,
 ) -> Iterator[Made]:
     """`function` of each item, in the order of the items.
 
@@ -37,9 +37,11 @@ def map_rows(
 
     Args:
       function: pure, and importable by its name (or a `functools.partial` of such).
-      items: read lazily: at most three chunks for each process are in memory.
+      items: read lazily: at most `ahead` chunks for each process are in memory.
       processes: 0 for one on each core that this process may use; 1 for none beside this.
       chunk: items that go to a worker at once.
+      ahead: one chunk at work, the others so that no process waits: many where the consumer takes
+        its time, and then many at once.
 
     Raises:
       UserError: workers died again and again at the same chunks.
@@ -57,7 +59,7 @@ def map_rows(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(_pool(processes))
         while True:
-            while len(waiting) < _IN_FLIGHT * processes and (rows := next(chunks, None)):
+            while len(waiting) < ahead * processes and (rows := next(chunks, None)):
                 waiting.append((number, rows, _submit(pool, function, rows)))
                 number += len(rows)
             if not waiting:

@@ -54,12 +54,19 @@ class Domain:
 
 
 def _to_nearest(point_gxD: np.ndarray, training_mxD: np.ndarray, chunk: int = 1_024) -> np.ndarray:
-    """[g] float64: Euclidean distance of each point to the nearest of the others."""
-    training = training_mxD.astype(np.float64)
-    square_m = np.square(training).sum(axis=1)
-    nearest = [np.zeros(0)]
+    """[g] float64: Euclidean distance of each point to the nearest of the others.
+
+    Which one is nearest is found in float32, about the centre of training, where the squares are
+    small; how far it is, in float64.
+    """
+    centre_D = training_mxD.mean(axis=0)
+    training = (training_mxD - centre_D).astype(np.float32)
+    half_square_m = np.square(training).sum(axis=1) / 2
+    distance_g = np.zeros(len(point_gxD))
     for start in range(0, len(point_gxD), chunk):
-        part = point_gxD[start : start + chunk].astype(np.float64)
-        square_gxm = np.square(part).sum(axis=1)[:, None] + square_m - 2 * part @ training.T
-        nearest.append(np.sqrt(np.maximum(square_gxm.min(axis=1), 0)))
-    return np.concatenate(nearest)
+        points = point_gxD[start : start + chunk]
+        part = (points - centre_D).astype(np.float32)
+        nearest = (half_square_m - part @ training.T).argmin(axis=1)
+        apart = points.astype(np.float64) - training_mxD[nearest]
+        distance_g[start : start + chunk] = np.linalg.norm(apart, axis=1)
+    return distance_g

@@ -62,17 +62,30 @@ def bucket_of(num_nodes: int, num_edges: int, edges: str) -> Bucket:
     """The smallest shape of the ladder that holds a graph of `num_nodes` and `num_edges`.
 
     Nodes: 8, 12, 16, ... 128, then multiples of 128. Edges: all pairs for complete graphs; else
-    5/4 of the node limit, doubled until it suffices (a molecule has about as many bonds as atoms).
+    9/8 of the node limit, for a molecule has about as many bonds as atoms. One with somewhat more
+    goes where the next molecules in size go; with many more, the limit is doubled until it
+    suffices.
     """
     last = _NODES[-1]
-    nodes = next((n for n in _NODES if n >= num_nodes), -(-num_nodes // last) * last)
-    pairs = nodes * (nodes - 1) // 2
+    next_limit = lambda size: next((n for n in _NODES if n >= size), -(-size // last) * last)
+    nodes = next_limit(num_nodes)
     if edges == "complete":
-        return Bucket(nodes, pairs)
-    limit = nodes * 5 // 4
+        return Bucket(nodes, _num_pairs(nodes))
+    for candidate in (nodes, next_limit(nodes + 1)):
+        if num_edges <= (limit := _usual_edges(candidate)):
+            return Bucket(candidate, limit)
+    limit = _usual_edges(nodes)
     while limit < num_edges:
         limit *= 2
-    return Bucket(nodes, min(limit, pairs))
+    return Bucket(nodes, min(limit, _num_pairs(nodes)))
+
+
+def _num_pairs(nodes: int) -> int:
+    return nodes * (nodes - 1) // 2
+
+
+def _usual_edges(nodes: int) -> int:
+    return min(nodes * 9 // 8, _num_pairs(nodes))
 
 
 def buckets_of(

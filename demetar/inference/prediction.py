@@ -34,6 +34,7 @@ from demetar.inference.parts import Part
 from demetar.job.place import Place
 
 ROWS_OF_A_CHUNK = 4_096
+_ROWS_OF_A_BLOCK = 64  # that a worker gets at once
 _LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -110,7 +111,7 @@ def predict_file(request: Prediction, place: Place) -> Counter:
     Returns:
       How many rows have each status; of this process's rows unless it is process 0.
     """
-    writers.check_output(request.out, request.path, request.columns)
+    output = writers.Output(request.out, request.path, request.columns)
     _begin(request, place)
     counts = _predict(request, lambda chunk: chunk % place.count == place.process)
     if place.process:
@@ -118,7 +119,7 @@ def predict_file(request: Prediction, place: Place) -> Counter:
     if place.count > 1:
         _wait_for_others(request)
         _predict(request, lambda chunk: True)  # what a lost process has left
-    counts = _write(request)
+    counts = _write(request, output)
     shutil.rmtree(request.parts)
     return counts
 
@@ -149,15 +150,15 @@ def _begin(request: Prediction, place: Place) -> None:
 def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     """Writes the parts of the wanted chunks that are missing; their statuses."""
     model, seen = request.model, set()
-    items = _rows(request, lambda chunk: wanted(chunk) and not request.part(chunk).exists())
+    blocks = _blocks(request, lambda chunk: wanted(chunk) and not request.part(chunk).exists())
     make = functools.partial(
         _make, readers.parser(request.path, "atoms"), request.geometry, model.geometry
     )
     counts = Counter()
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
-        made = map_rows(make, items)
-        for chunk, group in itertools.groupby(made, key=lambda item: item[0]):
-            rows = [row for _, row in group]
+        made = map_rows(make, blocks, chunk=1, ahead=ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK // 2)
+        for chunk, group in itertools.groupby(made, key=lambda block: block[0]):
+            rows = [row for _, block in group for row in block]
             part = _predicted(request, rows)
             part.save(request.part(chunk))
             counts += Counter(part.columns["status"].tolist())
@@ -168,11 +169,12 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     return counts
 
 
-def _rows(request: Prediction, wanted: Callable[[int], bool]) -> Iterator[tuple[int, Row]]:
-    """The rows of these chunks with the number of their chunk, parsed as little as can be."""
+def _blocks(request: Prediction, wanted: Callable[[int], bool]) -> Iterator[tuple[int, list[Row]]]:
+    """Rows of these chunks with the number of their chunk, parsed as little as can be."""
     for chunk, rows in _chunks(request):
         if wanted(chunk):
-            yield from ((chunk, row) for row in rows)
+            while block := list(itertools.islice(rows, _ROWS_OF_A_BLOCK)):
+                yield chunk, block
 
 
 def _chunks(request: Prediction) -> Iterator[tuple[int, Iterator[Row]]]:
@@ -182,11 +184,12 @@ def _chunks(request: Prediction) -> Iterator[tuple[int, Iterator[Row]]]:
         yield chunk, (row for _, row in group)
 
 
-def _make(parse, geometry: str, trained_on: str, item: tuple[int, Row]):
-    """In a worker: (chunk, (row number, molecule or refusal))."""
-    chunk, row = item[0], parse(item[1])
-    made = make_molecule(row, geometry or inputs.geometry_for(row, trained_on))
-    return chunk, (row.number, made)
+def _make(parse, geometry: str, trained_on: str, block: tuple[int, list[Row]]):
+    """In a worker: (chunk, [(row number, molecule or refusal)])."""
+    chunk, rows = block
+    rows = [parse(row) for row in rows]  # all, then all are made: the code stays in the caches
+    made = (make_molecule(r, geometry or inputs.geometry_for(r, trained_on)) for r in rows)
+    return chunk, [(row.number, found) for row, found in zip(rows, made, strict=True)]
 
 
 def _predicted(request: Prediction, rows: list[tuple[int, Molecule | Refusal]]) -> Part:
@@ -249,11 +252,11 @@ def _wait_for_others(request: Prediction) -> None:
         time.sleep(0.5)
 
 
-def _write(request: Prediction) -> Counter:
+def _write(request: Prediction, output: writers.Output) -> Counter:
     """Writes the output; the statuses of all rows."""
     counts, path = Counter(), request.path
     parse = readers.parser(path, "all" if request.keeps_atoms else "columns")
-    with writers.open_writer(request.out, path, request.columns) as out:
+    with output.open() as out:
         for chunk, rows in tqdm(_chunks(request), "Writing", unit=" chunks"):
             part = Part.load(request.part(chunk))
             out.write([parse(row) for row in rows], part.columns, part.molecules)

@@ -4,6 +4,7 @@ No setting of JAX is changed: whoever uses a model has a program of their own.
 """
 
 import contextlib
+import functools
 from typing import Any
 
 import jax
@@ -13,19 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.graph import Array, Graph
-from demetar.models import predict
-from demetar.models.base import KEPT, GraphModel
-
-
-def embed(network: GraphModel, params, batch: Graph) -> Array | None:
-    """What `network` keeps of each graph, `[B, D]`; None if it keeps nothing."""
-
-    def one(graph):
-        _, kept = network.apply({"params": params}, graph, mutable=["intermediates"])
-        return kept.get("intermediates", {}).get(KEPT)
-
-    kept = jax.vmap(one)(batch)
-    return None if kept is None else kept[0]
+from demetar.models import predict_and_embed
+from demetar.models.base import GraphModel
 
 
 class Programs:
@@ -75,13 +65,9 @@ class Programs:
         return self._params[mesh]
 
     def _compile(self, batch: Graph, mesh: Mesh):
-        def of_device(params, batch):
-            kept = embed(self._network, params, batch)
-            return predict(self._network, params, batch), kept
-
         over_batch = NamedSharding(mesh, P("batch"))
         of_all = jax.shard_map(
-            of_device,
+            functools.partial(predict_and_embed, self._network),
             mesh=mesh,
             in_specs=(P(), P("batch")),
             out_specs=P("batch"),

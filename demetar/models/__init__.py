@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.graph import Array, Graph
 from data_pipelines.targets import READOUTS, Target
-from demetar.models.base import GraphModel
+from demetar.models.base import KEPT, GraphModel
 from demetar.models.baselines import DeepSet, Linear, SetTransformer
 from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
@@ -130,6 +130,22 @@ def predict(model: GraphModel, params, batch: Graph, keys_B=None) -> dict[str, A
         return model.apply({"params": params}, graph, False, rngs={"dropout": key})
 
     return jax.vmap(with_dropout)(batch, keys_B)
+
+
+def predict_and_embed(
+    model: GraphModel, params, batch: Graph
+) -> tuple[dict[str, Array], Array | None]:
+    """The predictions, and what the model keeps of each graph `[B, D]`, of one pass.
+
+    None in its place if the model keeps nothing (see `GraphModel.keep_embedding`).
+    """
+
+    def one(graph):
+        predictions, kept = model.apply({"params": params}, graph, mutable=["intermediates"])
+        return predictions, kept.get("intermediates", {}).get(KEPT)
+
+    predictions, kept = jax.vmap(one)(batch)
+    return predictions, None if kept is None else kept[0]
 
 
 def apply_one(model: GraphModel, params, graph: Graph) -> dict[str, Array]:

@@ -107,9 +107,9 @@ def _of_file(row: Row, again: bool):
             "x, y and z of each.",
         )
     chemistry.check_numbers(numbers)
-    bad = ~np.isfinite(positions).all(axis=1)
-    if bad.any():
-        k = int(bad.argmax())
+    finite = np.isfinite(positions)
+    if not finite.all():
+        k = int(finite.all(axis=1).argmin())
         raise Refused(
             "nonfinite",
             f"Atom {k + 1} is at {positions[k].tolist()}: a coordinate is no number. Correct it.",
@@ -139,11 +139,11 @@ def _of_file(row: Row, again: bool):
 
 def _with_bonds(row: Row, numbers, positions, again: bool):
     """(numbers, positions, bonds, RDKit's or None, notes); adds hydrogens that are missing."""
-    bonds = _bonds_of_file(row, len(numbers))
+    bonds = row.bonds if row.is_perceived else _bonds_of_file(row, len(numbers))
     if not again and _is_drawing(numbers, positions, bonds):
         raise Refused("no_conformer", f"Its coordinates are a flat drawing (z = 0). {_REMEDY}")
     charge = row.charge or 0
-    if charge == 0 and _is_plain(numbers, bonds):
+    if row.is_perceived or (charge == 0 and _is_plain(numbers, bonds)):
         return numbers, positions, bonds.astype(np.uint16), None, ()
     graph = chemistry.from_bonds(numbers, bonds, charge, positions)
     if graph is None:

@@ -1,6 +1,7 @@
 """Files of predictions: the input's rows in its order, new columns beside its own.
 
-    with open_writer("out.csv", "mine.sdf", {"homo_pred": "number", "status": "text"}) as out:
+    output = Output("out.csv", "mine.sdf", {"homo_pred": "number", "status": "text"})
+    with output.open() as out:
         out.write(rows, {"homo_pred": [...], "status": [...]}, molecules)
 
 What the input says stays as it was. The file appears under its name when it is whole. The same
@@ -34,55 +35,55 @@ WRITERS: dict[str, Callable[..., Writer]] = {
 }
 
 
-def check_output(path, source, columns: Mapping[str, str]) -> None:
-    """Refuses, before anything is computed, an output that `open_writer` would refuse."""
-    _input_columns(pathlib.Path(path), source, columns)
-
-
-@contextlib.contextmanager
-def open_writer(path, source, columns: Mapping[str, str]) -> Iterator[Writer]:
-    """What writes rows and new columns to `path`, replacing it when the block ends without error.
+class Output:
+    """A file of predictions to write; what would be refused is refused here, not when it is open.
 
     Args:
       path: of the output; its suffix is one of `WRITERS`.
-      source: the file that the rows come from.
+      source: the file that the rows come from; its columns are read now.
       columns: new column -> its kind, of `base.KINDS`.
 
     Raises:
-      UserError: another suffix, a column that the input has too, a folder that cannot be written.
+      UserError: another suffix, a column that the input has too, a folder that is not there.
     """
-    path = pathlib.Path(path)
-    names = _input_columns(path, source, columns)
-    building = path.with_name(f".{path.name}.{os.getpid()}.building")
-    make = WRITERS[readers.suffix_of(path, WRITERS)]
-    try:
-        writer = make(building, path, pathlib.Path(source), names, columns)
+
+    def __init__(self, path, source, columns: Mapping[str, str]):
+        self.path, self.source = pathlib.Path(path), pathlib.Path(source)
+        self.columns = columns
+        self._make = WRITERS[readers.suffix_of(self.path, WRITERS)]
+        if self.path.exists() and self.path.samefile(source):
+            raise UserError(f"{path} is the input: choose another --out.")
+        folder = self.path.absolute().parent
+        if not folder.is_dir():
+            raise UserError(f"There is no folder {folder}: make it, for {self.path.name}.")
+        self._names = readers.columns(source)
+        for name, kind in columns.items():
+            check_known(f"kind of column {name!r}:", kind, KINDS)
+            if name in self._names:
+                raise UserError(
+                    f"{source} has a column {name!r} already, and so would the output: rename it "
+                    "or leave it out of the input."
+                )
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Writer]:
+        """What writes to it; it replaces the file of before when the block ends without error.
+
+        Raises:
+          UserError: the folder cannot be written, or is full.
+        """
+        building = self.path.with_name(f".{self.path.name}.{os.getpid()}.building")
         try:
-            yield writer
-            writer.close()
-        except BaseException:
-            with contextlib.suppress(Exception):
+            writer = self._make(building, self.path, self.source, self._names, self.columns)
+            try:
+                yield writer
                 writer.close()
-            raise
-        building.rename(path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error}. Choose another --out.") from error
-    finally:
-        building.unlink(missing_ok=True)
-
-
-def _input_columns(path: pathlib.Path, source, columns: Mapping[str, str]) -> tuple[str, ...]:
-    readers.suffix_of(path, WRITERS)
-    if path.exists() and path.samefile(source):
-        raise UserError(f"{path} is the input: choose another --out.")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"There is no folder {path.absolute().parent}: make it, for {path.name}.")
-    names = readers.columns(source)
-    for name, kind in columns.items():
-        check_known(f"kind of column {name!r}:", kind, KINDS)
-        if name in names:
-            raise UserError(
-                f"{source} has a column {name!r} already, and so would the output: rename it or "
-                "leave it out of the input."
-            )
-    return names
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    writer.close()
+                raise
+            building.rename(self.path)
+        except OSError as error:
+            raise UserError(f"Cannot write {self.path}: {error}. Choose another --out.") from error
+        finally:
+            building.unlink(missing_ok=True)
