@@ -71,6 +71,7 @@ class Model:
             )
         self.package, self._experiment = package, experiment
         self.network = package.network()
+        self._elements = frozenset(package.elements)
         self._normalizations, self._references = package.normalizations, package.references
         self.edges = (card["edges"]["kind"], card["edges"]["cutoff"])
         self.programs = Programs(self.network, package.params, real_dtype(package.config))
@@ -104,8 +105,7 @@ class Model:
         """Why this model says nothing about a molecule; None if it does."""
         name = lambda z: symbols()[z]
         known = self.package.elements
-        others = sorted(set(molecule.atomic_numbers.tolist()) - set(known))
-        if others:
+        if others := sorted(set(molecule.atomic_numbers.tolist()) - self._elements):
             return Refusal(
                 "element",
                 f"has {', '.join(map(name, others))}, and {self.name} has learned only "

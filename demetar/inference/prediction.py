@@ -3,7 +3,7 @@
     rows --made into molecules, on all cores--> Model --> OUT.parts/000012.npz
     rows again + parts, in order -----------------------> OUT
 
-A chunk is 4,096 rows; its part holds what was predicted, and is whole or absent. After a kill the
+A chunk is 8,192 rows; its part holds what was predicted, and is whole or absent. After a kill the
 same command goes on with the chunks that are missing, and the output has the same bytes. Several
 processes share the chunks by number; process 0 writes the output.
 """
@@ -33,8 +33,9 @@ from demetar.inference.model import Model, batch_size_for
 from demetar.inference.parts import Part
 from demetar.job.place import Place
 
-ROWS_OF_A_CHUNK = 4_096
+ROWS_OF_A_CHUNK = 8_192
 _ROWS_OF_A_BLOCK = 64  # that a worker gets at once
+_BLOCKS_AHEAD = 32  # of each worker, made while the devices compute
 _LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -156,7 +157,7 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     )
     counts = Counter()
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
-        made = map_rows(make, blocks, chunk=1, ahead=ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK // 2)
+        made = map_rows(make, blocks, chunk=1, ahead=_BLOCKS_AHEAD)
         for chunk, group in itertools.groupby(made, key=lambda block: block[0]):
             rows = [row for _, block in group for row in block]
             part = _predicted(request, rows)

@@ -7,7 +7,6 @@ positions. A record that lacks hydrogens keeps the positions that the file gives
 more hydrogens than its atoms, and `row.text` can be parsed again to add them.
 """
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Iterator
@@ -87,7 +86,7 @@ def parse(row: Row, need: str) -> Row:
     if row.refusal:
         return row
     if need == "columns":
-        return dataclasses.replace(row, columns=properties(row.text))
+        return Row(row.number, properties(row.text), text=row.text)
     return parse_sdf_block(row.number, row.text, smiles=need == "all")
 
 

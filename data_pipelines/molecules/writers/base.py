@@ -73,7 +73,7 @@ def as_text(value: Any) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, np.ndarray | list | tuple):
+    if isinstance(value, (np.ndarray, list, tuple)):  # faster than a union
         return json.dumps(np.asarray(value).tolist())
     if isinstance(value, np.generic):
         value = value.item()
