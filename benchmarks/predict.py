@@ -1,4 +1,4 @@
-"""A long prediction: many rows, some bad, in bounded memory; and its rate beside the forward pass.
+"""A long prediction: many rows, some bad, in bounded memory; its rate beside the forward pass.
 
     python benchmarks/predict.py --model=DIR --rows=1000000 --bad=1000
     SMOKE=1 python benchmarks/predict.py --model=DIR
@@ -8,7 +8,7 @@ Writes an SDF of QM9's molecules with their bonds, again and again until there a
 predict` as a process of its own and looks at the output: every row there, in order, each bad one
 with a status. Memory is the most that the process and its workers had at one time. The forward
 pass is that of `benchmarks/throughput.py`, of the model's own config, before and after: batches of
-its training data, already prepared, and nothing else.
+its training data, already prepared, and nothing else. At last it prepares such a file for training.
 """
 
 import argparse
@@ -25,9 +25,11 @@ import time
 import numpy as np
 from ours import Run, keep
 
+from data_pipelines.molecules import preparation
 from data_pipelines.molecules.making import chemistry
 from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.record import Molecule, Row
+from data_pipelines.molecules.units import Column
 from data_pipelines.qm9.sources import read_qm9pack
 from demetar.inference.model import load_model
 from demetar.speed.machine import processor
@@ -35,6 +37,7 @@ from demetar.training.result import git_commit
 
 SMOKE = bool(os.environ.get("SMOKE"))
 BLOCKS = 200 if SMOKE else 4_000  # different molecules
+_PREPARED = 2_000 if SMOKE else 40_000  # rows that are prepared
 _SECONDS = 0.2 if SMOKE else 4.0  # of a turn of the forward pass
 
 
@@ -53,6 +56,7 @@ def main() -> None:
         command = [sys.executable, "-m", "demetar.predict", str(path)]
         seconds, memory = _run([*command, f"--model={options.model}", f"--out={out}"])
         found = _look_at(out, bad)
+        prepared = _preparing_rate(molecules, pathlib.Path(folder))
     forward.append(_forward_rate(options.model))
     result = found | {
         "rows": options.rows,
@@ -61,7 +65,8 @@ def main() -> None:
         "most_memory_gib": round(memory / 2**30, 2),
         "forward_molecules_per_second": round(statistics.mean(forward), 1),
         "forward_before_and_after": [round(rate, 1) for rate in forward],
-        "machine": processor(),
+        "prepared_rows_per_second": round(prepared, 1),
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "commit": git_commit(),
     }
     result["share_of_forward"] = round(
@@ -105,7 +110,7 @@ def _write(path: pathlib.Path, molecules: list[Molecule], rows: int, bad: int) -
             block = blocks[number % len(blocks)]
             if number in broken:
                 block = block.replace(" C ", " Br", 1) if number % 2 else block[: len(block) // 2]
-            file.write(f"{block}M  END\n> <name>\nm{number}\n\n$$$$\n")
+            file.write(f"{block}M  END\n> <name>\nm{number}\n\n> <number>\n{number}\n\n$$$$\n")
     return broken
 
 
@@ -150,6 +155,16 @@ def _look_at(out: pathlib.Path, bad: set[int]) -> dict:
 def _forward_rate(model: str) -> float:
     """Molecules a second, the median of five turns."""
     return statistics.median(_run_of(model).forward(_SECONDS) for _ in range(5))
+
+
+def _preparing_rate(molecules: list[Molecule], folder: pathlib.Path) -> float:
+    """Rows of an SDF a second that become molecules with a label and a key, on all cores."""
+    path = folder / "train.sdf"
+    _write(path, molecules, _PREPARED, 0)
+    request = preparation.Request((str(path),), (Column("number", "1"),))
+    start = time.monotonic()
+    preparation.load(request, str(folder))
+    return _PREPARED / (time.monotonic() - start)
 
 
 @functools.cache
