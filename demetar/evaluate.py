@@ -74,7 +74,7 @@ def _score(options) -> dict:
     if not options.target:
         raise UserError("--target is missing: name a column of FILE and its unit, as homo:eV.")
     runtime.configure_for_prediction()
-    file = pathlib.Path(options.file).expanduser()
+    file = pathlib.Path(options.file)
     return score_file(load_model(options.model), file, tuple(options.target), options.smiles)
 
 

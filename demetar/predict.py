@@ -96,12 +96,12 @@ def _input_and_output(options, folder: pathlib.Path) -> tuple[pathlib.Path, path
         path = folder / "smiles.csv"
         with path.open("w", newline="") as stream:
             csv.writer(stream).writerows([["smiles"], *([text] for text in options.molecules)])
-        return path, pathlib.Path(options.out or folder / "out.csv").expanduser()
+        return path, pathlib.Path(options.out or folder / "out.csv")
     if len(options.molecules) > 1:
         raise UserError(f"{len(options.molecules)} inputs were given: give one file, or SMILES.")
     if not options.out:
         raise UserError("--out is missing: name a file to write, e.g. --out=predicted.csv.")
-    return pathlib.Path(first).expanduser(), pathlib.Path(options.out).expanduser()
+    return pathlib.Path(first), pathlib.Path(options.out)
 
 
 def _summary(counts: Counter, out: str) -> str:

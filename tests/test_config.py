@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from data_pipelines.errors import UserError
 from demetar.config import command_line, defaults, stored
 from demetar.config.command_line import load_config
+from demetar.training.checkpoints import Checkpoints
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 FILES = command_line.packaged_configs()
@@ -273,6 +274,32 @@ def test_switches_repeats_and_the_last_word():
     two = parse("--config=qm9", "--config.data.targets=gap", "--config.data.targets=mu")
     assert two.data.targets == ("gap", "mu")
     assert parse("--config=qm9", "--config.train.losses={'homo': 'mse'}").train.losses.homo == "mse"
+
+
+def test_a_path_may_begin_with_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    parser = command_line.make_parser("train", "")
+    parser.add_argument("--workdir")
+    arguments = ["--config=molecules", "--workdir=~/runs/a=~/b", "--config.data.path", "~/a.csv"]
+    options, config = command_line.parse_with_config(parser, arguments)
+    assert options.workdir == "/home/someone/runs/a=~/b"
+    assert config.data.path == "/home/someone/a.csv"
+    parser = command_line.make_parser("check", "")
+    parser.add_argument("file")
+    assert command_line.parse(parser, ["~/a.csv"]).file == "/home/someone/a.csv"
+    assert command_line.parse(parser, ["a~/b"]).file == "a~/b"
+
+
+def test_a_url_is_no_path():
+    with pytest.raises(UserError, match="gs://bucket/run is a URL. Mount it"):
+        parse("--config=qm9:smoke", "--config.data.cache_dir=gs://bucket/run")
+
+
+def test_a_folder_whose_checkpoints_orbax_could_not_restore(tmp_path):
+    for name in ("[x]", "a*", "a?"):
+        with pytest.raises(UserError, match=r"Choose another --workdir"):
+            Checkpoints(tmp_path / name, keep_last=2)
+        assert not (tmp_path / name).exists()
 
 
 def test_a_choice_on_the_command_line_brings_its_options():

@@ -25,6 +25,7 @@ from demetar.config import defaults
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # Of an installed package; of a checkout.
 _CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<path>[^=]+)(?P<value>=.*)?", re.DOTALL)
 
 
@@ -73,7 +74,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
     """The options of a command that takes no config; anything else is a `UserError`."""
     _set_up_absl()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_with_local_paths(arguments))
     if rest:
         _refuse(rest[0], parser, ())
     return options
@@ -95,7 +96,7 @@ def parse_with_config(
         help=f"config file, or a name: {', '.join(packaged_configs())}; "
         "--config.KEY=VALUE sets any of its keys",
     )
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_with_local_paths(arguments))
     overrides, unknown = _split(rest)
     texts = {path: tokens[-1].partition("=")[2] for path, tokens in overrides.items()}
     config = _with_choices(options.config, texts)
@@ -105,6 +106,25 @@ def parse_with_config(
         paths = [f"--config.{path}" for path in defaults.dotted(config)]
         _refuse(unknown[0], parser, paths)
     return options, defaults.complete(config).lock()
+
+
+def _with_local_paths(arguments: Iterable[str]) -> list[str]:
+    """The arguments with `~` as the home, where a shell leaves it; a URL is refused.
+
+    A shell expands `~/data`, but not `--workdir=~/data`.
+    """
+    found = []
+    for token in arguments:
+        option, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
+        if _URL.match(value):
+            raise UserError(
+                f"{token}: files and folders must be on this machine, and {value} is a URL. Mount "
+                "it and give the path, or copy it here."
+            )
+        if value == "~" or value.startswith("~/"):
+            value = str(pathlib.Path(value).expanduser())
+        found.append(f"{option}{equals}{value}")
+    return found
 
 
 def _set_up_absl() -> None:

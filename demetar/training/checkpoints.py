@@ -7,6 +7,7 @@ its manifest is damaged. Both are set aside, and the one before is used.
 """
 
 import concurrent.futures
+import glob
 import hashlib
 import json
 import os
@@ -44,6 +45,12 @@ class Checkpoints:
                 "newest checkpoint falls back to the one before."
             )
         self._folder = workdir / "checkpoints"
+        if (absolute := str(self._folder.absolute())) != glob.escape(absolute):
+            raise UserError(
+                f"The run's folder {workdir.absolute()} has one of *, ? and [ in its name, which "
+                "Orbax takes for a pattern: its checkpoints could not be restored. Choose another "
+                "--workdir."
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         damaged = False
         job = job or Job.alone()
