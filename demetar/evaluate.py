@@ -18,6 +18,7 @@ from data_pipelines.errors import UserError
 from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.inference import package
+from demetar.records.files import finite
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.evaluator import Evaluator
@@ -101,7 +102,7 @@ def main(arguments: list[str]) -> int:
         found = evaluate_pretrained(options.pretrained, options.split)
     else:
         found = evaluate_run(pathlib.Path(options.workdir), options.split)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(finite(found), indent=1))
     return EXIT_DONE
 
 

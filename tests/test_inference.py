@@ -21,7 +21,7 @@ from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.qm9 import properties
 from demetar import model_files
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_DONE
+from demetar.exits import EXIT_DONE, NonFiniteLoss
 from demetar.inference import export, inputs, package, runs
 from demetar.inference.domain import Domain
 from demetar.inference.model import Model, load_model
@@ -240,6 +240,10 @@ def test_predictions_are_those_of_evaluation_and_totals_are_the_source_s(
     found = model.predict_molecules([molecule_of(arrays, g) for g in graphs], batch_size=16)
     homo, scale = outcome.predictions["homo"][few], packed.normalizations["homo"].scale
     np.testing.assert_allclose(found["homo"], homo, rtol=0, atol=1e-5 * scale)
+    broken = jax.tree.map(lambda x: x * np.nan, packed.params)
+    named = rf"predictions of {outcome.count} of {outcome.count} molecules are not finite: \d+, "
+    with pytest.raises(NonFiniteLoss, match=named):
+        Evaluator(experiment).run(broken, "test")
     rest = properties.atom_reference_sum("U0", arrays.composition()[graphs])
     total = outcome.predictions["U0"][few] + rest * properties.HARTREE_IN_MEV
     np.testing.assert_allclose(

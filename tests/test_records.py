@@ -3,11 +3,13 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 
 from data_pipelines.errors import UserError
-from demetar.records import writers
+from demetar.records import files, writers
 from demetar.records.metrics import Writers
+from demetar.training.progress import Progress
 
 CONFIG = {"seed": 0, "optim": {"name": "adamw", "learning_rate": 1e-3}, "log": {"writers": []}}
 
@@ -45,6 +47,19 @@ def test_metrics_file_has_these_bytes(tmp_path):
         '{"step": 2, "split": "train", "loss": 0.5, "learning_rate": 0.001}\n'
         '{"step": 2, "split": "validation", "homo_mae": 0.25, "score": 0.5}\n'
     )
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    write = open_writers(tmp_path)
+    write.write(1, "validation", {"mu_r2": float("nan"), "score": np.float64("inf")})
+    write.close()
+    line = '{"step": 1, "split": "validation", "mu_r2": null, "score": null}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == line
+    files.write_json(tmp_path / "x.json", {"a": [1.5, (float("nan"), {"b": float("-inf")})]})
+    assert files.read_json(tmp_path / "x.json") == {"a": [1.5, [None, {"b": None}]]}
+    fresh = Progress.new(2)
+    text = json.dumps(fresh.to_json(), allow_nan=False)
+    assert Progress.from_json(json.loads(text)) == fresh
 
 
 @pytest.mark.parametrize("stopped", range(1, 7))

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from demetar.records.files import read_jsonl
+from demetar.records.files import finite, read_jsonl
 from demetar.records.writers import Background, Run, check_writers, close_all
 
 
@@ -63,7 +63,7 @@ class Writers:
         """One line of metrics.jsonl and one point of each curve."""
         if not self._is_main:
             return
-        self._stream.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._stream.write(json.dumps(finite({"step": step, "split": split, **values})) + "\n")
         self._stream.flush()
         self._scalars(step, split, values)
 

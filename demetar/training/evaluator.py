@@ -11,6 +11,7 @@ from data_pipelines.batch_plan import BatchPlan
 from data_pipelines.dataset import Dataset
 from data_pipelines.graph import Array
 from data_pipelines.targets import Target
+from demetar.exits import NonFiniteLoss
 from demetar.job.job import Job
 from demetar.training import sharding
 from demetar.training.experiment import Experiment
@@ -125,7 +126,11 @@ class Evaluator:
         )
 
     def run(self, params, part: str) -> Outcome | None:
-        """Errors and predictions of `part`; None if a signal cut it short, on all processes."""
+        """Errors and predictions of `part`; None if a signal cut it short, on all processes.
+
+        Raises:
+          NonFiniteLoss: a prediction is not finite; names its graphs.
+        """
         experiment = self._experiment
         dataset, arrays, mesh = experiment.dataset, experiment.arrays, experiment.mesh
         batch_size = experiment.config.data.eval_batch_size
@@ -140,7 +145,9 @@ class Evaluator:
             batch = sharding.to_devices(batch, mesh, batch_size)
             asked = bool(self._job.interruption.requested)
             outputs.append(self.step(params, bucket, batch, asked))
-        return self._outcome(plan, outputs)
+        outcome = self._outcome(plan, outputs)
+        _check_finite(outcome, part)
+        return outcome
 
     def _outcome(self, plan: BatchPlan, outputs: list) -> Outcome:
         """Joins what the batches gave, in float64 and reported units."""
@@ -183,6 +190,19 @@ class Evaluator:
         for k, target in enumerate(targets):
             outcome.graph_errors[~_labelled(outcome, target), k] = np.nan
         return outcome
+
+
+def _check_finite(outcome: Outcome, part: str) -> None:
+    labelled_gxT = np.stack([_labelled(outcome, target) for target in outcome.targets], axis=1)
+    bad_g = (labelled_gxT & ~np.isfinite(outcome.graph_errors)).any(axis=1)
+    if bad_g.any():
+        dataset, count = outcome.dataset, int(bad_g.sum())
+        named = ", ".join(map(str, dataset.arrays.index[outcome.graphs[bad_g][:16]]))
+        raise NonFiniteLoss(
+            f"Evaluation of {part}: predictions of {count} of {outcome.count} {dataset.items} are "
+            f"not finite: {named}{' ...' if count > 16 else ''}. Look at these "
+            f"{dataset.items}; in training, lower config.optim.learning_rate."
+        )
 
 
 def _labelled(outcome: Outcome, target: Target) -> np.ndarray:

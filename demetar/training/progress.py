@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from demetar.records.files import finite
 from demetar.training.optim import Plateau
 
 
@@ -86,9 +87,14 @@ class Progress:
         return best
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """A score that there is not yet is null."""
+        return finite(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Progress":
-        nested = {"window": Window(**fields["window"]), "plateau": Plateau(**fields["plateau"])}
-        return cls(**fields | nested)
+        with_score = lambda group, key: group | ({key: math.inf} if group[key] is None else {})
+        nested = {
+            "window": Window(**fields["window"]),
+            "plateau": Plateau(**with_score(fields["plateau"], "best")),
+        }
+        return cls(**with_score(fields, "best_score") | nested)
