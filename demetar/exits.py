@@ -24,6 +24,12 @@ class NonFiniteLoss(UserError):
     exit_code = EXIT_FAILED
 
 
+class FilesGone(UserError):
+    """Somebody deleted the folder of a run that was under way."""
+
+    exit_code = EXIT_FAILED
+
+
 class NoProgress(UserError):
     """The run failed at one step too often to try again."""
 

@@ -12,7 +12,7 @@ import time
 import jax
 
 from demetar.config import stored
-from demetar.exits import Preempted
+from demetar.exits import FilesGone, Preempted
 from demetar.job.agreement import code_sha256
 from demetar.job.job import Job
 from demetar.records import files, graph_log, log
@@ -86,6 +86,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         evaluated = evaluates and not cut_short
         if evaluated or saves or ((stop or cut_short) and step > saved_step):
             job.watch.phase("save", step)
+            check_files(workdir, job)
             progress.train_seconds = time.perf_counter() - loop_start
             checkpoints.save(state, experiment.identity, progress)
             saved_step = step
@@ -124,6 +125,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
         best = checkpoints.restore(progress.best_step, experiment.abstract_state())
         result = final_result(workdir, evaluator, experiment, best.ema, state, progress)
     checkpoints.close()
+    check_files(workdir, job)
     if result is None:
         by = why_stopped(config, step, job)
         raise Preempted(f"Stopped by {by} after step {step} of {num_steps}, saved in {workdir}.")
@@ -142,6 +144,17 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
         stored.check_same_run(files.read_json(file), identity, workdir)
     else:
         files.write_json(file, identity)
+
+
+def check_files(workdir: pathlib.Path, job: Job) -> None:
+    """Stops a run whose files were deleted: what it writes from here on nobody would find."""
+    gone = [name for name in ("config.json", "metrics.jsonl") if not (workdir / name).exists()]
+    if job.is_main and gone:
+        raise FilesGone(
+            f"{' and '.join(gone)} of the run in {workdir} were deleted while it ran, so it cannot "
+            "be resumed or read. Start it again with another --workdir; checkpoints that are left "
+            f"are in {workdir / 'checkpoints'}."
+        )
 
 
 def restore_or_create(

@@ -12,12 +12,13 @@ from conftest import REPOSITORY, TINY, wait_for_steps
 
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR
+from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, FilesGone
 from demetar.job.job import Job
 from demetar.job.watch import Watch
 from demetar.records.files import read_json, read_jsonl
-from demetar.train import train_and_evaluate
+from demetar.train import check_files, train_and_evaluate
 from demetar.training.checkpoints import Checkpoints
+from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
 from demetar.training.trainer import Trainer
 
@@ -246,6 +247,29 @@ def test_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Watch(tmp_path / "file" / "run", 0, 1, lost_seconds=30, stuck_seconds=80)
+
+
+def test_a_run_whose_files_are_deleted_says_so(tmp_path):
+    """It must not end as if it had kept its promises."""
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    check_files(tmp_path, Job.alone())
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(FilesGone, match="metrics.jsonl of the run in .* deleted while it ran"):
+        check_files(tmp_path, Job.alone())
+
+
+@pytest.mark.slow  # the whole of it: the folder goes at the first evaluation
+def test_a_run_whose_folder_is_deleted_fails(tmp_path, monkeypatch, config_of):
+    evaluate = Evaluator.run
+
+    def run(self, params, part):
+        shutil.rmtree(tmp_path / "run")
+        return evaluate(self, params, part)
+
+    monkeypatch.setattr(Evaluator, "run", run)
+    with pytest.raises(FilesGone, match="config.json and metrics.jsonl"):
+        train_and_evaluate(config_of(checkpoint__every_steps=99), tmp_path / "run", Job.alone())
 
 
 def test_non_finite_loss_names_step_and_graphs(runner, tmp_path):
