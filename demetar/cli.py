@@ -18,6 +18,7 @@ COMMANDS = {
     "fingerprint": ("fingerprint", "the vectors that a trained model makes of molecules"),
     "evaluate": ("evaluate", "errors of a run, of a model that ships, or on a file of your own"),
     "models": ("model_files", "list, show, verify, save and export trained models"),
+    "checkpoints": ("checkpoints", "list, verify, compare and delete the checkpoints of a run"),
     "local": ("local", "train with several processes on this machine"),
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),
     "chaos": ("chaos", "the same at random moments, again and again"),
