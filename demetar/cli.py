@@ -20,6 +20,7 @@ COMMANDS = {
     "models": ("model_files", "list, show, verify, save and export trained models"),
     "checkpoints": ("checkpoints", "list, verify, compare and delete the checkpoints of a run"),
     "local": ("local", "train with several processes on this machine"),
+    "doctor": ("doctor", "is this machine ready for a run, and what to do if it is not"),
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),
     "chaos": ("chaos", "the same at random moments, again and again"),
     "plan": ("plan", "memory, collectives and cost on a machine that you do not have"),

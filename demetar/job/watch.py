@@ -289,7 +289,10 @@ class Watch:
 
 def at_work(workdir: pathlib.Path) -> dict:
     """What a living process says that works in `workdir`; {} if there is none. Reads only."""
-    for path in sorted((workdir / "processes").glob("[0-9]*.json")):
+    folder = workdir / "processes"
+    if not os.path.isdir(folder):  # unlike pathlib's, it is False where we may not look
+        return {}
+    for path in sorted(folder.glob("[0-9]*.json")):
         try:
             with path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until it is closed

@@ -29,8 +29,8 @@ def _look(workdir: pathlib.Path) -> tuple[list[Saved], list[Saved]]:
         found[-1] = dataclasses.replace(found[-1], wrong=_UNDER_WAY)
     if not found:
         raise UserError(
-            f"{workdir} holds no checkpoint: it is not the workdir of a run, or the run has not "
-            "saved yet."
+            f"{workdir} holds no checkpoint that can be seen: it is not the workdir of a run, the "
+            "run has not saved yet, or you may not look into it."
         )
     return found, [one for one in found if one.wrong is None]
 

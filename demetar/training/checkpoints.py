@@ -198,16 +198,18 @@ def saved(workdir: pathlib.Path) -> list[Saved]:
     Reads only. The run may be under way: what it deletes meanwhile is left out.
     """
     found = []
-    for folder in (workdir / "checkpoints").glob("*"):
+    if not os.path.isdir(workdir / "checkpoints"):  # not there, or we may not look
+        return found
+    for folder in (workdir / "checkpoints").iterdir():
         if not (folder.name.isdecimal() and folder.is_dir()):
             continue
         try:
             size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
             wrong = _what_is_wrong(folder)
-        except FileNotFoundError:
+        except OSError as error:
             if not folder.exists():
                 continue
-            size, wrong = 0, "it changes while it is read"
+            size, wrong = 0, f"it cannot be read, or changes meanwhile: {error}"
         found.append(Saved(int(folder.name), folder, size, wrong))
     return sorted(found, key=lambda one: one.step)
 
