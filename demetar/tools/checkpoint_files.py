@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator
 
 import jax
@@ -19,14 +20,18 @@ from demetar.training.progress import Progress
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # what Orbax calls a folder until the save is committed
 
 
+_DELETING = 1.0  # seconds in which a run that is under way has deleted what it was deleting
 _UNDER_WAY = "the run is saving it, or was cut off"
 
 
 def _look(workdir: pathlib.Path) -> tuple[list[Saved], list[Saved]]:
     """(all checkpoints, the whole ones), the oldest first; an error if there is none at all."""
     found = saved(workdir)
-    if found and found[-1].wrong and at_work(workdir):
-        found[-1] = dataclasses.replace(found[-1], wrong=_UNDER_WAY)
+    if any(one.wrong for one in found) and at_work(workdir):
+        time.sleep(_DELETING)
+        found = [one for one in found if one.folder.exists()]
+        if found and found[-1].wrong:
+            found[-1] = dataclasses.replace(found[-1], wrong=_UNDER_WAY)
     if not found:
         raise UserError(
             f"{workdir} holds no checkpoint that can be seen: it is not the workdir of a run, the "
@@ -83,6 +88,8 @@ def verify(workdir: pathlib.Path) -> Iterator[str]:
                 leaves = jax.tree.leaves(read_arrays(one.folder))
                 facts = f"{sum(leaf.size for leaf in leaves):,} numbers in {len(leaves)} arrays"
             except Exception as error:  # whatever the store raises: it is what we came to know
+                if not one.folder.exists():
+                    continue  # the run has deleted it meanwhile
                 # Hashes that fit, and yet not to be read: by the store, on this path, in this
                 # version.
                 reason = f"it cannot be read: {type(error).__name__}: {error}".splitlines()[0]
