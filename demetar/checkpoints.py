@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         for folder in folders:
             command.add_argument(
-                folder, type=_folder, metavar="DIR", help="workdir of a run, or a checkpoint"
+                folder, type=pathlib.Path, metavar="DIR", help="workdir of a run, or a checkpoint"
             )
         return command
 
@@ -50,10 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--yes", action="store_true", help="do not ask")
     return parser
-
-
-def _folder(text: str) -> pathlib.Path:
-    return pathlib.Path(text).expanduser()
 
 
 def _list(options: argparse.Namespace) -> None:

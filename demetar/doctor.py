@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         workdir = f"runs/{command_line.run_name(options.config)}"
     given = (options.coordinator_address, options.num_processes, options.process_id)
     levels = collections.Counter()
-    for finding in _examine(pathlib.Path(workdir).expanduser(), given, config):
+    for finding in _examine(pathlib.Path(workdir), given, config):
         print(finding, flush=True)
         levels[finding.level] += 1
     print(f"{levels['problem']} problem(s), {levels['warning']} warning(s).")

@@ -256,6 +256,12 @@ def test_a_full_disk_is_named_with_both_numbers(cache_dir, tmp_path, monkeypatch
     assert "1.0 MiB free" in found.text and "16.0 MiB" in found.text
 
 
+def test_a_name_that_the_store_cannot_take(tmp_path):
+    assert (
+        "Orbax takes for a pattern" in next(run_checks._earlier_run(None, tmp_path / "[x]", 1)).text
+    )
+
+
 def test_each_process_of_a_job_is_asked_about_its_share():
     """Of 24 graphs in two micro-batches three processes have 8; eight devices share each 4."""
     changes = {"data.batch_size": 24, "train.accumulation": 2, "data.eval_batch_size": 24}

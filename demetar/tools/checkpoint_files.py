@@ -18,8 +18,6 @@ from demetar.training.checkpoints import Saved, read_arrays, read_meta, saved
 from demetar.training.progress import Progress
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # what Orbax calls a folder until the save is committed
-
-
 _DELETING = 1.0  # seconds in which a run that is under way has deleted what it was deleting
 _UNDER_WAY = "the run is saving it, or was cut off"
 

@@ -26,7 +26,7 @@ from demetar.tools.machine_checks import (
     warning,
 )
 from demetar.tools.planner import memory_of, size_text
-from demetar.training.checkpoints import saved
+from demetar.training.checkpoints import check_name, saved
 from demetar.training.experiment import Experiment, build_experiment
 from demetar.training.trainer import Trainer
 
@@ -100,7 +100,11 @@ def _space(experiment: Experiment, workdir: pathlib.Path) -> Finding:
 def _earlier_run(
     experiment: Experiment, workdir: pathlib.Path, processes: int
 ) -> Iterator[Finding]:
-    """Whether the run that is in the workdir already would go on."""
+    """Whether checkpoints can be restored there, and a run that is there already would go on."""
+    try:
+        check_name(workdir)
+    except UserError as error:
+        yield problem("workdir", str(error))
     found = saved(workdir)
     whole = [one.step for one in found if one.wrong is None]
     for one in found:

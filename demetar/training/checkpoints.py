@@ -29,6 +29,15 @@ from demetar.training.state import TrainState
 _MANIFEST = "manifest.json"
 
 
+def check_name(workdir: pathlib.Path) -> None:
+    """Refuses a folder in which checkpoints could be saved, but not restored."""
+    if (absolute := str(workdir.absolute())) != glob.escape(absolute):
+        raise UserError(
+            f"The run's folder {absolute} has one of *, ? and [ in its name, which Orbax takes for "
+            "a pattern: its checkpoints could not be restored. Choose another --workdir."
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run: the last few, and the best by validation.
 
@@ -45,13 +54,8 @@ class Checkpoints:
                 f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
                 "newest checkpoint falls back to the one before."
             )
+        check_name(workdir)
         self._folder = workdir / "checkpoints"
-        if (absolute := str(self._folder.absolute())) != glob.escape(absolute):
-            raise UserError(
-                f"The run's folder {workdir.absolute()} has one of *, ? and [ in its name, which "
-                "Orbax takes for a pattern: its checkpoints could not be restored. Choose another "
-                "--workdir."
-            )
         self._folder.mkdir(parents=True, exist_ok=True)
         damaged = False
         job = job or Job.alone()
