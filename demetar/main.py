@@ -26,9 +26,7 @@ def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     parser = command_line.make_parser("train", __doc__)
     parser.add_argument("--workdir", metavar="DIR", help="of the run; else runs/CONFIG-VARIANT")
-    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
-    parser.add_argument("--num_processes", type=int, metavar="N", help="of the job")
-    parser.add_argument("--process_id", type=int, metavar="N", help="of this one, from 0")
+    place.add_options(parser)
     options, config = command_line.parse_with_config(parser, arguments)
     check_writers(config.log.writers)
     faulthandler.enable()  # a crash inside of XLA says where Python was

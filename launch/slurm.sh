@@ -4,6 +4,7 @@
 #   sbatch launch/slurm.sh --config=configs/qm9.py --workdir=/shared/runs/qm9
 #   sbatch --nodes=4 --time=12:00:00 launch/slurm.sh ...         options of sbatch come first
 #
+# DOCTOR=1 looks at each node first (demetar doctor), and ends with 2 if it finds a problem.
 # ENV_SCRIPT, if set, is sourced first (modules, virtual environment). Adapt the lines below, or
 # override them on sbatch's command line.
 #SBATCH --job-name=demetar
@@ -25,6 +26,11 @@ cd "${SLURM_SUBMIT_DIR:-.}" || exit 2
 [ -z "${ENV_SCRIPT:-}" ] || . "$ENV_SCRIPT"
 # shellcheck source=launch/gpu_flags.sh
 [ -z "${GPU_FLAGS:-}" ] || . launch/gpu_flags.sh
+
+if [ -n "${DOCTOR:-}" ]; then
+  srun --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --gpu-bind=none \
+    python -m demetar.doctor "$@" || exit
+fi
 
 job=
 trap '[ -z "$job" ] || kill -USR1 "$job"' USR1 TERM

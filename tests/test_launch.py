@@ -143,6 +143,19 @@ def test_slurm_stops_after_enough_restarts(slurm):
     assert not calls(folder, "scontrol")
 
 
+def test_slurm_starts_nothing_where_the_doctor_finds_a_problem(slurm):
+    folder, environment = slurm
+    stand_in(folder, "srun", "[[ $* != *demetar.doctor* ]] || exit ${FOUND:-0}")
+    command = ["bash", LAUNCH / "slurm.sh", "--config=x", "--workdir=y"]
+    run(command, environment | {"DOCTOR": "1", "FOUND": "2"}, 2)
+    [doctor] = calls(folder, "srun")
+    assert doctor[doctor.index("python") :] == ["python", "-m", "demetar.doctor", *command[2:]]
+    run(command, environment | {"DOCTOR": "1"})
+    assert ["demetar.doctor", "demetar.main"] == [
+        call[call.index("-m") + 1] for call in calls(folder, "srun")[1:]
+    ]
+
+
 # --- Kubernetes ---------------------------------------------------------------------------------
 
 FLAGS = ["--config=configs/qm9.py:quick", "--config.data.targets=('homo','lumo')"]
@@ -182,6 +195,30 @@ def test_jobset_says_what_it_should(manifest):
     assert values["JAX_COORDINATOR_ADDRESS"] == "first-run-workers-0-0.first-run:29400"
     assert values["JAX_NUM_PROCESSES"] == "4"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+
+
+def test_the_doctor_looks_at_a_pod_first(cluster, tmp_path):
+    """The manifest's own command, with a python that records what it is asked to run."""
+    folder, environment = cluster
+    environment |= {"IMAGE": "i", "NODES": "4", "GPUS": "8", "CLAIM": "disk", "DRY_RUN": "1"}
+    said = run([LAUNCH / "kubernetes.sh", "a", *FLAGS], environment | {"DOCTOR": "1"}).stdout
+    job = yaml.safe_load(said)["spec"]["replicatedJobs"][0]["template"]["spec"]
+    [container] = job["template"]["spec"]["containers"]
+    check_that_the_doctor_is_first([*container["command"], *container["args"]], environment, folder)
+
+
+def check_that_the_doctor_is_first(command, environment, folder, cwd=REPOSITORY):
+    """A problem ends `command` with 2 before anything else is started."""
+    (folder / "python").write_text(
+        f'#!/bin/bash\necho "$2" >>{folder}/started\n[ "$2" = demetar.doctor ] && exit $FOUND\n:\n'
+    )
+    (folder / "python").chmod(0o755)
+    for found, wanted in (("2", ["demetar.doctor"]), ("0", ["demetar.doctor", "demetar."])):
+        (folder / "started").write_text("")
+        done = subprocess.run(command, env=environment | {"FOUND": found}, cwd=cwd)
+        started = (folder / "started").read_text().split()
+        assert done.returncode == int(found) and len(started) == len(wanted)
+        assert all(map(str.startswith, started, wanted))
 
 
 def test_jobset_liveness_is_the_heartbeat(manifest, tmp_path):
@@ -229,6 +266,22 @@ def test_tpu_vm(cluster, tmp_path, codes, tries):
     assert tried == [["-m", "demetar.main", *FLAGS]] * tries
 
 
+def test_the_doctor_looks_at_a_tpu_host_first(cluster, tmp_path):
+    folder, environment = cluster
+    stand_in(folder, "gcloud", "")
+    run([LAUNCH / "tpu_vm.sh", "pod", "zone", *FLAGS], environment | {"DOCTOR": "1"})
+    remote = calls(folder, "gcloud")[0][7].removeprefix("--command=")
+    (tmp_path / "demetar" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "demetar" / ".venv" / "bin" / "activate").touch()
+    check_that_the_doctor_is_first(["bash", "-c", remote], environment, folder, tmp_path)
+
+
+def test_the_doctor_looks_at_one_host_first(cluster):
+    folder, environment = cluster
+    command = [LAUNCH / "local.sh", "--cpu=2", "--restarts=1", *FLAGS]
+    check_that_the_doctor_is_first(command, environment | {"DOCTOR": "1"}, folder)
+
+
 def test_skypilot(cluster, tmp_path):
     folder, environment = cluster
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
@@ -255,6 +308,10 @@ def test_skypilot(cluster, tmp_path):
     said = (folder / "env").read_text().splitlines()
     assert "JAX_COORDINATOR_ADDRESS=10.0.0.1:29400" in said
     assert {"JAX_NUM_PROCESSES=2", "JAX_PROCESS_ID=1"} <= set(said)
+    (folder / "python").unlink()
+    check_that_the_doctor_is_first(
+        ["bash", "-c", task["run"]], environment | {"DOCTOR": "1"}, folder, tmp_path
+    )
 
 
 def test_local_starts_again_after_losing_a_process(cluster, runner, tmp_path):

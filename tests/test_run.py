@@ -11,6 +11,7 @@ import pytest
 from conftest import REPOSITORY, TINY, wait_for_steps
 
 from data_pipelines.errors import UserError
+from demetar import checkpoints as checkpoints_command
 from demetar.config.command_line import load_config
 from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, FilesGone
 from demetar.job.job import Job
@@ -210,6 +211,82 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(config_of, half):
     with pytest.raises(UserError, match="No checkpoint in .* is whole"):
         train_and_evaluate(config_of(STATEFUL), half, Job.alone())
     assert not (half / "result.json").exists()
+
+
+# --- demetar checkpoints --------------------------------------------------------------------------
+
+
+def snapshot(folder):
+    return sorted((str(f), f.stat().st_mtime_ns) for f in folder.rglob("*"))
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs `demetar checkpoints`; gives its exit code and all that it says."""
+
+    def command(*arguments):
+        try:
+            code = checkpoints_command.main([str(word) for word in arguments])
+        except SystemExit as end:
+            code = end.code
+        return code, "".join(capsys.readouterr())
+
+    return command
+
+
+def test_ls_verify_and_diff_say_what_is_there_and_change_nothing(half, command):
+    steps = sorted(int(f.name) for f in (half / "checkpoints").iterdir())
+    best = next(step for step in steps if step not in (35, 40))
+    (half / "checkpoints" / "45").mkdir()  # a save that was cut off
+    flip_a_bit(largest_file(half / "checkpoints" / "40"))
+    before = snapshot(half)
+    code, said = command("ls", half)
+    rows = {line.split()[0]: line for line in said.splitlines()[:-1]}
+    assert code == 0 and list(rows) == [str(step) for step in (best, 35, 40, 45)]
+    assert "whole, best, validation score" in rows[str(best)] and "whole, latest" in rows["35"]
+    assert "SHA-256" in rows["40"] and "the save was cut off" in rows["45"]
+    assert "keeps the newest 2" in said
+    code, said = command("verify", half)
+    assert code == EXIT_USER_ERROR and "numbers in" in said
+    assert "2 of 4 checkpoints" in said and "40, 45. The run will go on from step 35" in said
+    code, said = command("diff", half, half / "checkpoints" / "35")
+    assert code == 0 and "Config and data are the same" in said and "score" in said
+    assert snapshot(half) == before
+
+
+def test_diff_parts_what_matters_from_what_does_not(half, command, tmp_path):
+    other = read_json(half / "config.json")
+    other["config"]["seed"], other["config"]["log"]["every_steps"] = 7, 9
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    code, said = command("diff", half, tmp_path / "other")
+    matters, free = said.split("These change no number")
+    assert code == 0 and "config.seed: 0 in" in matters and f"7 in {tmp_path / 'other'}" in matters
+    assert "config.log.every_steps" in free and "config.log" not in matters
+
+
+def test_prune_keeps_the_newest_and_the_best(half, command):
+    folder = half / "checkpoints"
+    best = next(f.name for f in folder.iterdir() if f.name not in ("35", "40"))
+    shutil.copytree(folder / "35", folder / "34")
+    (folder / "34" / "manifest.json").unlink()
+    (half / "damaged" / "10").mkdir(parents=True)
+    code, said = command("prune", half, "--keep=1")
+    assert code == EXIT_USER_ERROR and "say --yes" in said and (folder / "35").exists()
+    watch = Watch(half, 0, 1, 10, 10)
+    code, said = command("prune", half, "--keep=1", "--yes")
+    assert code == EXIT_USER_ERROR and f"A job works in {half}: process" in said
+    watch.end("done", 0)
+    watch._file.close()
+    code, said = command("prune", half, "--keep=1", "--yes")
+    assert code == 0 and "3 deleted" in said
+    assert {f.name for f in folder.iterdir()} == {best, "40"}
+    assert not list((half / "damaged").iterdir())
+    flip_a_bit(largest_file(folder / best))
+    flip_a_bit(largest_file(folder / "40"))
+    code, said = command("prune", half, "--keep=1", "--yes")
+    assert code == EXIT_USER_ERROR and "is whole, so none is deleted" in said
+    assert len(list(folder.iterdir())) == 2
 
 
 # --- bad input, bad numbers ----------------------------------------------------------------------

@@ -81,22 +81,27 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
 
 
 def parse_with_config(
-    parser: argparse.ArgumentParser, arguments: list[str]
-) -> tuple[argparse.Namespace, ml_collections.ConfigDict]:
+    parser: argparse.ArgumentParser, arguments: list[str], required: bool = True
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
     """The options of a command and the config of `--config`, completed and locked.
 
     Returns:
-      The options, with the name of the config as `options.config`; the config.
+      The options, with the name of the config as `options.config`; the config, None where it is
+      not `required` and not given.
     """
     _set_up_absl()
     parser.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:VARIANT,...]",
         help=f"config file, or a name: {', '.join(packaged_configs())}; "
         "--config.KEY=VALUE sets any of its keys",
     )
     options, rest = parser.parse_known_args(_with_local_paths(arguments))
+    if options.config is None:
+        if rest:
+            _refuse(rest[0], parser, ())
+        return options, None
     overrides, unknown = _split(rest)
     texts = {path: tokens[-1].partition("=")[2] for path, tokens in overrides.items()}
     config = _with_choices(options.config, texts)

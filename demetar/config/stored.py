@@ -51,11 +51,7 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
       workdir: for the message.
     """
     saved = saved | {"config": to_json(from_json(saved["config"]))}
-    differing = [
-        line
-        for key, line in differences(saved, today).items()
-        if not key.removeprefix("config.").startswith(_FREE)
-    ]
+    differing = [line for key, line in differences(saved, today).items() if changes_numbers(key)]
     if differing:
         raise UserError(
             f"The run in {workdir} was started with another config:\n"
@@ -64,11 +60,18 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
         )
 
 
-def differences(saved: Mapping, today: Mapping) -> dict[str, str]:
-    """Dotted path of each value that differs -> both values, for a person."""
+def changes_numbers(key: str) -> bool:
+    """Whether a run with another value at this dotted path of its identity is another run."""
+    return not key.removeprefix("config.").startswith(_FREE)
+
+
+def differences(
+    saved: Mapping, today: Mapping, names: tuple[str, str] = ("in the run", "today")
+) -> dict[str, str]:
+    """Dotted path of each value that differs -> both values and whose they are, for a person."""
     old, new = _flat(saved), _flat(today)
     return {
-        key: f"  {key}: {old.get(key)!r} in the run, {new.get(key)!r} today"
+        key: f"  {key}: {old.get(key)!r} {names[0]}, {new.get(key)!r} {names[1]}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }

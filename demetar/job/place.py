@@ -1,5 +1,6 @@
 """Where a process of a job stands: its number, how many there are, and how to find process 0."""
 
+import argparse
 import dataclasses
 import glob
 import importlib.util
@@ -31,6 +32,13 @@ class Place:
     method: str | None = "deactivate"
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options by which a person says where a process stands."""
+    parser.add_argument("--coordinator_address", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--num_processes", type=int, metavar="N", help="of the job")
+    parser.add_argument("--process_id", type=int, metavar="N", help="of this one, from 0")
+
+
 def find_place(coordinator, count, process, environ: Mapping[str, str] = os.environ) -> Place:
     """The flags, else the environment of that name, else what a cluster manager set, else alone."""
     for names, values in (
@@ -47,12 +55,11 @@ def find_place(coordinator, count, process, environ: Mapping[str, str] = os.envi
                 f"{', '.join(given)} without {', '.join(missing)}: give all three, or none to "
                 "detect the cluster."
             )
-    numbers = lambda *names: tuple(int(environ[name]) for name in names)
     if {"SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID"} <= environ.keys():
-        process, count = numbers("SLURM_PROCID", "SLURM_NTASKS")
+        process, count = _numbers(environ, "SLURM_PROCID", "SLURM_NTASKS")
         return _managed(f"SLURM job {environ['SLURM_JOB_ID']}", process, count, "slurm")
     if {"OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"} <= environ.keys():
-        process, count = numbers("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+        process, count = _numbers(environ, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
         return _managed("Open MPI", process, count, "ompi")
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environ.keys():
         if importlib.util.find_spec("kubernetes") is None:
@@ -70,16 +77,24 @@ def find_place(coordinator, count, process, environ: Mapping[str, str] = os.envi
     return Place("one process")
 
 
-def _explicit(names, coordinator, count, process) -> Place:
+def _numbers(texts: Mapping[str, object], process_name: str, count_name: str) -> tuple[int, int]:
+    """(number of this process, of all), under these two names."""
     try:
-        count, process = int(count), int(process)
+        process, count = int(texts[process_name]), int(texts[count_name])
     except ValueError as error:
-        raise UserError(f"{names[1]} and {names[2]} must be whole numbers: {error}.") from error
+        raise UserError(
+            f"{process_name} and {count_name} must be whole numbers: {error}."
+        ) from error
     if not 0 <= process < count:
         raise UserError(
-            f"{names[2]} is {process}, but {names[1]} is {count}: the processes are numbered "
+            f"{process_name} is {process}, but {count_name} is {count}: the processes are numbered "
             f"0 to {count - 1}."
         )
+    return process, count
+
+
+def _explicit(names, coordinator, count, process) -> Place:
+    process, count = _numbers({names[2]: process, names[1]: count}, names[2], names[1])
     host, _, port = str(coordinator).rpartition(":")
     if not (host and port.isdigit()):
         raise UserError(f"{names[0]} is {coordinator!r}; it must be host:port, as node1:29400.")

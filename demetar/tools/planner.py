@@ -229,4 +229,6 @@ def plan_that_fits(config, topology: str, chip: Accelerator, devices) -> Plan:
 
 def size_text(size: float) -> str:
     """Bytes, for a person."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+    if size >= 2**30 / 10:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"

@@ -7,6 +7,7 @@ its manifest is damaged. Both are set aside, and the one before is used.
 """
 
 import concurrent.futures
+import dataclasses
 import glob
 import hashlib
 import json
@@ -28,6 +29,15 @@ from demetar.training.state import TrainState
 _MANIFEST = "manifest.json"
 
 
+def check_name(workdir: pathlib.Path) -> None:
+    """Refuses a folder in which checkpoints could be saved, but not restored."""
+    if (absolute := str(workdir.absolute())) != glob.escape(absolute):
+        raise UserError(
+            f"The run's folder {absolute} has one of *, ? and [ in its name, which Orbax takes for "
+            "a pattern: its checkpoints could not be restored. Choose another --workdir."
+        )
+
+
 class Checkpoints:
     """The checkpoints of one run: the last few, and the best by validation.
 
@@ -44,13 +54,8 @@ class Checkpoints:
                 f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
                 "newest checkpoint falls back to the one before."
             )
+        check_name(workdir)
         self._folder = workdir / "checkpoints"
-        if (absolute := str(self._folder.absolute())) != glob.escape(absolute):
-            raise UserError(
-                f"The run's folder {workdir.absolute()} has one of *, ? and [ in its name, which "
-                "Orbax takes for a pattern: its checkpoints could not be restored. Choose another "
-                "--workdir."
-            )
         self._folder.mkdir(parents=True, exist_ok=True)
         damaged = False
         job = job or Job.alone()
@@ -174,31 +179,86 @@ class Checkpoints:
         self._hashing.shutdown()
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it lies on the disk.
+
+    Attributes:
+      step: of it.
+      folder: of it.
+      size: bytes of its files.
+      wrong: why it is not whole; None if it is.
+    """
+
+    step: int
+    folder: pathlib.Path
+    size: int
+    wrong: str | None
+
+
+def saved(workdir: pathlib.Path) -> list[Saved]:
+    """The checkpoints of a run, the oldest first, compared with their manifests.
+
+    Reads only. The run may be under way: what it deletes meanwhile is left out.
+    """
+    found = []
+    if not os.path.isdir(workdir / "checkpoints"):  # not there, or we may not look
+        return found
+    for folder in (workdir / "checkpoints").iterdir():
+        if not (folder.name.isdecimal() and folder.is_dir()):
+            continue
+        try:
+            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+            wrong = _what_is_wrong(folder)
+        except OSError as error:
+            if not folder.exists():
+                continue
+            size, wrong = 0, f"it cannot be read, or changes meanwhile: {error}"
+        found.append(Saved(int(folder.name), folder, size, wrong))
+    return sorted(found, key=lambda one: one.step)
+
+
+def read_meta(folder: pathlib.Path) -> tuple[dict, Progress]:
+    """Identity (config and passport) and progress of the run when it saved `folder`."""
+    meta = json.loads((folder / "meta" / "metadata").read_text())
+    progress = Progress.from_json(meta.pop("progress"))
+    return meta, progress
+
+
+def read_arrays(folder: pathlib.Path, part: str | None = None) -> dict:
+    """The state of a checkpoint as NumPy arrays, whatever mesh it was trained on.
+
+    Args:
+      folder: of the checkpoint.
+      part: one field of `TrainState`; None: all of them.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    state = (folder / "state").absolute()
+    tree = handler.metadata(state).tree
+    wanted = {name: tree[name] for name in ([part] if part else tree)}
+    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+    return handler.restore(state, args=args)
+
+
 def read_best(workdir: pathlib.Path) -> tuple[int, dict, dict]:
     """The best weights by validation of a run, which may be under way: nothing is changed.
 
     Returns:
-      The step, the averaged weights as NumPy arrays, whatever mesh they were trained on, and the
-      identity of the run (config and passport).
+      The step, the averaged weights as NumPy arrays, and the identity of the run (config and
+      passport).
     """
-    folder = workdir / "checkpoints"
-    steps = sorted((int(f.name) for f in folder.glob("*") if f.name.isdigit()), reverse=True)
-    whole = [step for step in steps if _what_is_wrong(folder / str(step)) is None]
+    whole = {one.step: one.folder for one in saved(workdir) if one.wrong is None}
     if not whole:
         raise UserError(f"{workdir} has no whole checkpoint yet: train for longer first.")
-    meta = json.loads((folder / str(whole[0]) / "meta" / "metadata").read_text())
-    best = Progress.from_json(meta.pop("progress")).best_step
+    identity, progress = read_meta(whole[max(whole)])
+    best = progress.best_step
     if best not in whole:
         raise UserError(
             f"{workdir} has no whole checkpoint with an evaluation yet, only those of steps "
             f"{sorted(whole)}: train for longer first."
         )
-    handler = ocp.PyTreeCheckpointHandler()
-    state = (folder / str(best) / "state").absolute()
-    wanted = {"ema": handler.metadata(state).tree["ema"]}
-    as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-    return best, handler.restore(state, args=args)["ema"], meta
+    return best, read_arrays(whole[best], "ema")["ema"], identity
 
 
 class _KeepBest:
