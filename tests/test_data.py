@@ -261,6 +261,12 @@ def test_unknown_edges():
         build_edges(None, "bond", 1.0)
 
 
+@pytest.mark.parametrize("cutoff", [0.0, -1.0, float("nan"), float("inf")])
+def test_cutoffs_that_are_none(cutoff):
+    with pytest.raises(UserError, match=f"config.data.edge_cutoff is {cutoff}, but must be a fin"):
+        build_edges(None, "cutoff", cutoff)
+
+
 # --- features of atoms ---------------------------------------------------------------------------
 
 
