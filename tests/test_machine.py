@@ -16,7 +16,7 @@ from demetar import exits
 from demetar.exits import EXIT_FAILED, EXIT_USER_ERROR
 from demetar.job.job import Job
 from demetar.job.place import Place
-from demetar.training import runtime
+from demetar.training import provenance, runtime
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 # As Orbax and TFDS say it.
@@ -119,3 +119,29 @@ def test_head_does_not_change_the_exit_code(command):
     script = f"{sys.executable} -m demetar.cli {command}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == (2 if "nosuch" in command else 0) and not done.stderr
+
+
+def test_a_commit_is_named_only_where_git_tracks_this_very_file(tmp_path, monkeypatch):
+    """An installed package may lie inside of a repository of somebody else."""
+    monkeypatch.setenv("GIT_DIR", "/nowhere")  # as in a hook of git
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    git = lambda *arguments: (
+        subprocess.run(
+            ["git", f"--git-dir={tmp_path}/.git", f"--work-tree={tmp_path}", *name, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
+    git("init", "-q")
+    theirs, ours = tmp_path / "theirs.py", tmp_path / "ours.py"
+    for file in (theirs, ours):
+        file.write_text("")
+    git("add", "theirs.py")
+    git("commit", "-qm", "theirs")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    assert provenance.git_commit(theirs) == commit and provenance.git_commit(ours) is None
+    theirs.write_text("changed")
+    assert provenance.git_commit(theirs) == f"{commit}-dirty"
+    assert provenance.git_commit(pathlib.Path("/nowhere/file.py")) is None
