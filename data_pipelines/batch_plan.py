@@ -12,6 +12,7 @@ import hashlib
 import numpy as np
 
 from data_pipelines.errors import UserError
+from data_pipelines.ranges import COUNT, check_range
 
 MAX_BUCKETS = 6
 FILL = -1  # a slot of a batch that holds no graph
@@ -62,6 +63,8 @@ def choose_buckets(sizes: Sizes, max_buckets: int = MAX_BUCKETS) -> tuple[Bucket
 
 def buckets_with_limits(sizes: Sizes, node_limits) -> tuple[Bucket, ...]:
     """Buckets with the given node limits and the edge limits that the data need."""
+    for limit in node_limits:
+        check_range("A number of config.data.buckets", limit, COUNT)
     limits = sorted(set(int(limit) for limit in node_limits))
     if not 1 <= len(limits) <= MAX_BUCKETS:
         raise UserError(

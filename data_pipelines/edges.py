@@ -4,6 +4,7 @@ import numpy as np
 
 from data_pipelines.bonds import BondType
 from data_pipelines.errors import check_known
+from data_pipelines.ranges import POSITIVE, check_range
 
 EDGE_KINDS = ("bonds", "cutoff", "complete")
 
@@ -19,6 +20,8 @@ def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.nda
       cutoff: angstrom, for `cutoff`.
     """
     check_known("config.data.edges", kind, EDGE_KINDS)
+    if kind == "cutoff":
+        check_range("config.data.edge_cutoff", cutoff, POSITIVE)
     if kind == "bonds":
         return molecules.bond_offset, molecules.bonds
     num_nodes_G = np.diff(molecules.node_offset)

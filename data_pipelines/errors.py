@@ -1,12 +1,37 @@
 """Errors that a person can mend: the message names the thing, both values and the remedy."""
 
 import difflib
+import errno
+import os
 
 
 class UserError(Exception):
     """Bad input or a refused request; the message says what to do about it."""
 
     exit_code = 2
+
+
+# What a machine may refuse -> what to do about it. No change of the code would help.
+_REMEDIES = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some of your quota",
+    errno.EROFS: "Choose a folder that can be written",
+    errno.EACCES: "Choose a folder that you may write, or ask for the permission",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+}
+
+
+def machine_fault(error: BaseException | None) -> str | None:
+    """What to say if the machine has refused something, as a full disk does; None if it has not.
+
+    Libraries in C++ give the system's words in an error of their own: those are looked for too.
+    """
+    while error is not None:
+        for number, remedy in _REMEDIES.items():
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return f"{str(error).splitlines()[-1]}. {remedy}, and give the same command again."
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def suggest(name: str, known) -> str:

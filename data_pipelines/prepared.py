@@ -24,12 +24,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.errors import UserError
+from data_pipelines.errors import UserError, machine_fault
 
 
 def default_cache_dir() -> pathlib.Path:
     """`$XDG_CACHE_HOME/demetar`, or `~/.cache/demetar`."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError as error:
+        raise UserError(
+            f"User {os.getuid()} has no home folder for prepared data and compiled programs: set "
+            "HOME or XDG_CACHE_HOME to a folder that can be written, or config.data.cache_dir."
+        ) from error
     return pathlib.Path(base) / "demetar"
 
 
@@ -49,7 +55,11 @@ def prepare(
             with _lock(folder.parent / f"{folder.name}.lock"):
                 if not folder.exists():  # else another job has prepared it while we waited
                     _build(folder, build)
-        except OSError as error:
+        except UserError:
+            raise
+        except Exception as error:
+            if not isinstance(error, OSError) and machine_fault(error) is None:
+                raise
             raise UserError(
                 f"Cannot prepare the data in {folder}: {error}. Set config.data.cache_dir to a "
                 f"writable folder with {space} of space."

@@ -52,6 +52,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
 
     ### State: restored from this workdir or, where there is nothing, created.
     checkpoints = Checkpoints(workdir, config.checkpoint.keep_last, job)
+    checkpoints.check_space(experiment.abstract_state())
     step = first_step = checkpoints.latest_step() or 0
     job.watch.phase("data", step)
     job.check_progress(step)

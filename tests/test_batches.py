@@ -113,6 +113,12 @@ def test_too_many_buckets():
         buckets_with_limits(sizes_of([5]), range(1, 8))
 
 
+@pytest.mark.parametrize("limit", [0, -3, "9"])
+def test_buckets_that_hold_nothing(limit):
+    with pytest.raises(UserError, match=f"A number of config.data.buckets is {limit}, but must"):
+        buckets_with_limits(sizes_of([5]), (limit, 9))
+
+
 # --- gathering ---------------------------------------------------------------------------------
 
 

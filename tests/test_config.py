@@ -112,6 +112,15 @@ def test_values_that_results_were_made_with_stay(name):
         ({"model": 3}, "config.model is 3, but must be a group of keys"),
         ({"train": {"weights": {"homo": "2"}}}, "config.train.weights.homo is '2', but must be a"),
         ({"train": {"losses": {"homo": 2}}}, "config.train.losses.homo is 2, but must be a text"),
+        ({"seed": -1}, "config.seed is -1, but must be from 0 to 4294967295"),
+        ({"seed": 2**32}, "config.seed is 4294967296, but must be from 0 to 4294967295"),
+        ({"data": {"name": "qm9", "batch_size": 0}}, "config.data.batch_size is 0, but must be a"),
+        ({"data": {"name": "qm9", "prefetch_threads": -1}}, "prefetch_threads is -1, but must be"),
+        ({"train": {"num_steps": 0}}, "config.train.num_steps is 0, but must be a whole number f"),
+        ({"checkpoint": {"keep_last": 1}}, "config.checkpoint.keep_last is 1, but must be at lea"),
+        ({"checkpoint": {"stop_at": -1}}, "config.checkpoint.stop_at is -1, but must be at least"),
+        ({"cluster": {"lost_seconds": 0}}, "config.cluster.lost_seconds is 0, but must be a whol"),
+        ({"mesh": {"cpu_devices": -1}}, "config.mesh.cpu_devices is -1, but must be at least 0"),
     ],
 )
 def test_what_is_wrong_is_named_with_the_remedy(fields, message):

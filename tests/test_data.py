@@ -261,6 +261,12 @@ def test_unknown_edges():
         build_edges(None, "bond", 1.0)
 
 
+@pytest.mark.parametrize("cutoff", [0.0, -1.0, float("nan"), float("inf")])
+def test_cutoffs_that_are_none(cutoff):
+    with pytest.raises(UserError, match=f"config.data.edge_cutoff is {cutoff}, but must be a fin"):
+        build_edges(None, "cutoff", cutoff)
+
+
 # --- features of atoms ---------------------------------------------------------------------------
 
 
@@ -456,6 +462,27 @@ def test_damaged_preparation_is_refused(tmp_path, cache_dir, damage):
         (folder / "passport.json").write_text("{")
     with pytest.raises(UserError, match="Delete .* to prepare it again"):
         preparation.load("sample", cache_dir=str(tmp_path))
+
+
+def test_a_preparation_is_named_after_the_content_of_its_files(tmp_path, monkeypatch):
+    """Also of files edited in place, which leave their folder as it was."""
+    folder = tmp_path / "xyz"
+    folder.mkdir()
+    for name in ("a.xyz", "b.xyz"):
+        (folder / name).write_text(METHANE)
+    name = lambda: preparation.folder_of("raw", str(folder)).name
+    for most_hashed in (100, 1):  # by hashes; by sizes and times
+        monkeypatch.setattr(preparation, "_MOST_HASHED", most_hashed)
+        before = name()
+        (folder / "b.xyz").write_text(METHANE.replace("-0.3877", "-0.3878"))
+        edited = name()
+        folder = folder.rename(tmp_path / f"moved{most_hashed}")
+        assert name() == edited != before
+        (folder / "b.xyz").write_text(METHANE)
+    monkeypatch.setattr(preparation, "_MOST_HASHED", 100)
+    with_two = name()
+    (folder / "c.xyz").write_text(METHANE)
+    assert name() != with_two
 
 
 def test_nan_coordinate_is_refused_with_its_molecule(tmp_path):

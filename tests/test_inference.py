@@ -2,9 +2,11 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import ase
 import ase.build
@@ -198,17 +200,26 @@ def test_commands_say_what_a_model_is(packed, tmp_path, capsys):
 # --- runs ----------------------------------------------------------------------------------------
 
 
-def test_the_best_weights_of_a_run_are_read_and_nothing_is_changed(cache_dir, tmp_path):
+def test_the_best_weights_of_a_run_are_read_and_nothing_is_changed(
+    cache_dir, tmp_path, monkeypatch
+):
     """From a mesh of eight devices, while a save is under way."""
     trained = experiment_of(cache_dir, **{"mesh.fsdp": 2})
     filled = lambda s, x: jax.device_put(np.full(s.shape, x, s.dtype), s.sharding)
     abstract = trained.abstract_state()
     states = [jax.tree.map(lambda s, x=x: filled(s, x), abstract) for x in (1, 2)]
     checkpoints = Checkpoints(tmp_path, keep_last=2)
+    checkpoints.check_space(abstract)
+    size = sum(x.nbytes for x in jax.tree.leaves(states[0]))
+    usage = lambda folder: SimpleNamespace(free=2 * size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(UserError, match=rf"need {2 * size / 1e6:.1f} MB \(.* each\): free some"):
+        checkpoints.check_space(abstract)
     for state in states:
         progress = Progress.new(2)
         progress.record_evaluation(1, 0.5, "")
         checkpoints.save(state, trained.identity, progress)
+    checkpoints.check_space(abstract)  # one is there: room for another is enough
     checkpoints.close()
     (tmp_path / "checkpoints" / "3").mkdir()  # a save that has not ended
     files.write_json(tmp_path / "config.json", trained.identity)

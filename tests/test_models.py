@@ -4,6 +4,7 @@ Float64 throughout: a broken symmetry shows at 1e-3, rounding at 1e-14.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -18,7 +19,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.scattering.transform import Scattering, coefficients
 from data_pipelines.targets import Target
 from demetar.config.command_line import load_config
-from demetar.models import MODELS, apply_one, create_model
+from demetar.models import MODELS, apply_one, create_model, option_defaults
 from demetar.models import demetar as demetar_module
 from demetar.models import e3 as e3_module
 from demetar.models import egnn as egnn_module
@@ -119,13 +120,17 @@ NODE_TARGETS = (Target("own", "e", readout="node"), Target("sum", "eV"))
 POSITIONS = (Target("position", "length", readout="position", normalization="none"),)
 
 
-def build(variant="default", **more):
-    """A small model and random weights: a zero in the initial ones could hide a broken path."""
+def model_of(variant, **more):
+    """A small model."""
     options = {"dtype": "float64"} | VARIANTS[variant] | more
     particles = variant in PARTICLES
     targets = POSITIONS if particles else NODE_TARGETS if variant == "node" else GRAPH_TARGETS
-    facts = {"elements": ELEMENTS, "horizon": 0.7}
-    model = create_model(targets=targets, facts=facts, **options)
+    return create_model(targets=targets, facts={"elements": ELEMENTS, "horizon": 0.7}, **options)
+
+
+def build(variant="default", **more):
+    """A small model and random weights: a zero in the initial ones could hide a broken path."""
+    model = model_of(variant, **more)
     example = graph_for(model, np.random.default_rng(0))
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)
     rng = np.random.default_rng(1)
@@ -510,6 +515,19 @@ def test_remat_changes_nothing(variant):
         strict=True,
     ):
         np.testing.assert_allclose(b, a, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_every_number_of_a_model_has_a_range(variant):
+    options = option_defaults(VARIANTS[variant]["name"])
+    bad = {int: (-1,), float: (math.nan, -1.0, math.inf), tuple: ((0,), ("a",))}
+    for option, default in options.items():
+        for value in bad.get(type(default), ()):
+            with pytest.raises(UserError, match=f"config.model.{option}|Unknown"):
+                model_of(variant, **{option: value})
+    for option in {"width", "num_heads", "num_radial"} & options.keys():
+        with pytest.raises(UserError, match=f"config.model.{option} is 0, but must be a whole"):
+            model_of(variant, **{option: 0})
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,7 @@ def test_reported_values_are_of_the_labels_in_their_unit(missing):
         ({"losses": {"gap": "rmse"}}, "config.train.losses.gap is 'rmse', which is no loss"),
         ({"weights": {"gpa": 1.0}}, "names 'gpa', which is no target.*Did you mean 'gap'"),
         ({"weights": {"gap": -1.0}}, r"config.train.weights.gap \(-1.0\) must be 0 or more"),
+        ({"weights": {t.name: 0.0 for t in TARGETS}}, "config.train.weights is 0 for every target"),
         ({"metrics": {"gap": "mape"}}, "Unknown config.train.metrics.gap 'mape'"),
     ],
 )

@@ -98,8 +98,9 @@ def test_an_empty_part_is_named_with_numbers():
         make_split("random", keys=["a"] * 9)
     with pytest.raises(UserError, match="all rows were refused"):
         make_split("random", keys=[])
-    with pytest.raises(UserError, match="add up to 1"):
-        make_split("random", keys=["a", "b", "c"], fractions=(0.8, 0.1, 0.2))
+    for fractions in ((0.8, 0.1, 0.2), (0.9, 0.1, float("nan"))):
+        with pytest.raises(UserError, match="add up to 1"):
+            make_split("random", keys=["a", "b", "c"], fractions=fractions)
 
 
 def test_column():

@@ -235,6 +235,13 @@ def test_batch_size_that_does_not_divide_names_the_nearest():
     assert (sharding.process_rows(mesh, 32) == np.arange(32)).all()
 
 
+def test_more_devices_than_graphs():
+    mesh = sharding.make_mesh(8)
+    sharding.check_graphs(8, "molecules", mesh)
+    with pytest.raises(UserError, match=r"over 8 devices .* has only 7 molecules: use at most so"):
+        sharding.check_graphs(7, "molecules", mesh)
+
+
 @pytest.mark.parametrize(
     "sizes, message",
     [

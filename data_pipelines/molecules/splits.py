@@ -119,7 +119,8 @@ def _fill(order, size, fractions, large_first: bool) -> np.ndarray:
     `large_first`: what is larger than half of a smaller part goes first, so into training.
     """
     fractions = np.asarray(fractions, float)
-    if fractions.shape != (3,) or (fractions < 0).any() or abs(fractions.sum() - 1) > 1e-6:
+    parts = fractions.shape == (3,) and (fractions >= 0).all()  # nan is not
+    if not (parts and abs(fractions.sum() - 1) <= 1e-6):
         raise UserError(
             f"The fractions {tuple(fractions.tolist())} are not three numbers that add up to 1, "
             "such as (0.8, 0.1, 0.1)."

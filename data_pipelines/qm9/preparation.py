@@ -8,7 +8,6 @@ How a preparation survives kills, races and damage: `prepared.py`.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
 import pathlib
 from collections.abc import Iterator
@@ -20,10 +19,16 @@ from data_pipelines.elements import check_elements
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.qm9.properties import ELEMENTS, PROPERTIES
-from data_pipelines.qm9.sources import NUM_CHARACTERIZED, SOURCES, characterized_indices
+from data_pipelines.qm9.sources import (
+    NUM_CHARACTERIZED,
+    SOURCES,
+    characterized_indices,
+    source_files,
+)
 from data_pipelines.qm9.splits import SPLIT_NAMES, get_split, split_hash
 
 _PREPARATION_VERSION = 2  # raise it when prepared folders of before must not be used
+_MOST_HASHED = 100  # files of a source; to open each of 133,885 takes longer than a start may
 SAMPLE_FILE = pathlib.Path(__file__).parent / "sample.xyz.tar.bz2"
 # What a float32-rounded, complete QM9 from qm9pack 1.0.x hashes to; see `_content_hash`.
 _KNOWN_CONTENT = {"qm9pack": "e66e84f487dcf3a9ec66e87c2cb3c1e76f28af2c53fa09edf60047fb6790168e"}
@@ -84,19 +89,18 @@ def folder_of(source: str, path: str = "", cache_dir: str = "") -> pathlib.Path:
 
 
 def _source_key(source: str, path: str) -> str:
-    """Names a preparation after what it was made from, so that changed files are seen."""
-    if source == "qm9pack" and not path:
-        try:
-            identity = importlib.metadata.version("qm9pack")
-        except importlib.metadata.PackageNotFoundError:
-            identity = ""
-    else:
-        identity = f"{pathlib.Path(path).resolve()}"
-        if pathlib.Path(path).exists():
-            stat = pathlib.Path(path).stat()
-            identity += f":{stat.st_size}:{stat.st_mtime_ns}"
-    text = f"{_PREPARATION_VERSION}:{source}:{identity}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Names a preparation after what is in the files that it is made from, wherever they lie."""
+    digest = hashlib.sha256(f"{_PREPARATION_VERSION}:{source}".encode())
+    files = source_files(source, path)
+    for file in files:
+        if len(files) <= _MOST_HASHED:
+            with file.open("rb") as stream:
+                fact = hashlib.file_digest(stream, "sha256").hexdigest()
+        else:
+            stat = file.stat()
+            fact = f"{file.name}:{stat.st_size}:{stat.st_mtime_ns}"
+        digest.update(f":{fact}".encode())
+    return digest.hexdigest()[:12]
 
 
 # --- preparing ---------------------------------------------------------------------------------

@@ -249,3 +249,13 @@ def _tfds_molecule(record: dict) -> Molecule:
 
 
 SOURCES = {"qm9pack": read_qm9pack, "raw": read_raw, "tfds": read_tfds}
+
+
+def source_files(source: str, path: str) -> list[pathlib.Path]:
+    """The files that a source reads, in a fixed order; none where `path` does not exist."""
+    if source == "qm9pack":
+        return _qm9pack_files(path)
+    location = pathlib.Path(path)
+    if not path or not location.is_dir():
+        return [location] if path and location.exists() else []
+    return sorted(file for file in location.rglob("*") if file.is_file())

@@ -19,6 +19,7 @@ from typing import Any
 import ml_collections
 
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.ranges import COUNT, NOT_NEGATIVE, SEED, check_range
 from data_pipelines.registry import DATASETS
 from demetar.models import MODELS, option_defaults
 from demetar.training.optim import OPTIMIZERS, SCHEDULES
@@ -79,6 +80,23 @@ DEFAULTS = {
     },
 }
 
+# Dotted path -> what its value must be; ranges of options stand with the model, optimizer, ...
+RANGES = {
+    "seed": SEED,
+    **dict.fromkeys(("data.batch_size", "data.eval_batch_size"), COUNT),
+    **dict.fromkeys(("data.prefetch_threads", "data.prefetch_batches"), NOT_NEGATIVE),
+    **dict.fromkeys(("train.num_steps", "train.accumulation", "train.eval_every"), COUNT),
+    "checkpoint.every_steps": COUNT,
+    "checkpoint.keep_last": (
+        "at least 2: a damaged newest checkpoint falls back to the one before",
+        lambda x: x >= 2,
+    ),
+    "checkpoint.stop_at": NOT_NEGATIVE,
+    "log.every_steps": COUNT,
+    **{f"cluster.{key}": COUNT for key in DEFAULTS["cluster"]},
+    "mesh.cpu_devices": NOT_NEGATIVE,
+}
+
 # Groups whose keys are names of targets, with a value of the right type.
 BY_TARGET = {"train.losses": "mae", "train.weights": 1.0, "train.metrics": "mae"}
 
@@ -98,8 +116,8 @@ def complete(fields: Mapping) -> ml_collections.ConfigDict:
       fields: what differs, nested; a list stands for a tuple, a whole number for a float.
 
     Raises:
-      UserError: an unknown key, with the nearest known one; a value of the wrong type; a data set,
-        model, optimizer or schedule that does not exist.
+      UserError: an unknown key, with the nearest known one; a value of the wrong type or out of
+        its range; a data set, model, optimizer or schedule that does not exist.
     """
     fields = _plain(fields)
     known = copy.deepcopy(DEFAULTS)
@@ -109,7 +127,11 @@ def complete(fields: Mapping) -> ml_collections.ConfigDict:
             raise UserError(f"The config has no config.{key}: set it. Known: {', '.join(rows)}.")
         check_known(f"config.{key}", name, rows)
         known[key.partition(".")[0]] |= copy.deepcopy(options(name))
-    return ml_collections.ConfigDict(_filled(known, fields, "", known))
+    filled = _filled(known, fields, "", known)
+    for path, allowed in RANGES.items():
+        group, _, key = path.rpartition(".")
+        check_range(f"config.{path}", (filled[group] if group else filled)[key], allowed)
+    return ml_collections.ConfigDict(filled)
 
 
 def chosen(fields: Mapping, key: str) -> Any:

@@ -1,6 +1,7 @@
 """`failures.jsonl` in the workdir: what a run failed of by itself, and that it does so no more.
 
-Being killed, lost or preempted never counts: a process that is killed writes nothing.
+Being killed, lost or preempted never counts: a process that is killed writes nothing. Neither does
+what the machine or the user is to blame for, such as a full disk.
 """
 
 import json

@@ -31,8 +31,8 @@ import ml_collections
 # ends them.
 from jax._src import distributed
 
-from data_pipelines.errors import UserError
-from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, Preempted
+from data_pipelines.errors import UserError, machine_fault
+from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
 from demetar.job import failures
 from demetar.job.abort import on_abort
 from demetar.job.agreement import odd_one_out
@@ -209,6 +209,9 @@ class Job:
         if isinstance(error, UserError):
             log.complain(f"error: {error}")
             code = error.exit_code
+        elif message := machine_fault(error):
+            log.complain(f"error: {message}")
+            code = EXIT_USER_ERROR
         else:
             log.complain("".join(traceback.format_exception(error)))
             code = EXIT_FAILED

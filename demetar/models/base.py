@@ -1,13 +1,15 @@
 """What a model is: a flax module for one padded graph, and what it declares about itself."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.graph import Array, Graph
+from data_pipelines.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, check_range
 from data_pipelines.targets import Target
 
 KEPT = "kept_embedding"  # of the graph's last features; a name that no layer of a model has
@@ -28,6 +30,8 @@ class GraphModel(nn.Module):
 
     READOUTS: ClassVar[tuple[str, ...]] = ()  # of `data_pipelines.targets.READOUTS`
     CHOICES: ClassVar[dict[str, tuple]] = {}  # option -> the values that it may have
+    # Options of which 0 means none; other whole numbers are at least 1, others above 0.
+    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset()
     symmetries: ClassVar[frozenset[str]] = SYMMETRIES
     # Path of a parameter -> how its dimensions are divided over the mesh axes `fsdp` and `model`;
     # the first that matches. The first matrix of a pair is divided by its columns, the second by
@@ -60,9 +64,12 @@ class GraphModel(nn.Module):
             self.sow("intermediates", KEPT, embedding_D())
 
     def check(self) -> None:
-        """Refuses options that do not fit each other; a subclass extends it."""
+        """Refuses options that are out of range or do not fit each other; a subclass extends it."""
         for option, known in self.CHOICES.items():
             check_known(f"config.model.{option}", getattr(self, option), known)
+        for field in dataclasses.fields(self):
+            if field.name not in self.CHOICES:
+                self._check_range(field.name, field.default)
         for readout, plural in (("position", "positions"), ("velocity", "velocities")):
             if len(names := self.names(readout)) > 1:
                 raise UserError(
@@ -75,6 +82,19 @@ class GraphModel(nn.Module):
                 f"config.model.width ({width}) must be a multiple of config.model.num_heads "
                 f"({heads})."
             )
+
+    def _check_range(self, option: str, default: Any) -> None:
+        """By the type of its default."""
+        what, value = f"config.model.{option}", getattr(self, option)
+        if option == "dropout":
+            check_range(what, value, BELOW_ONE)
+        elif type(default) is float:
+            check_range(what, value, POSITIVE)
+        elif type(default) is int:
+            check_range(what, value, NOT_NEGATIVE if option in self.MAY_BE_ZERO else COUNT)
+        elif isinstance(default, tuple):
+            for number in value:
+                check_range(f"A number of {what}", number, COUNT)
 
     def check_model_axis(self, size: int) -> None:
         """Refuses a mesh whose axis `model` does not divide the attention heads."""

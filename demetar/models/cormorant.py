@@ -51,6 +51,7 @@ class Cormorant(GraphModel):
 
     READOUTS: ClassVar = ("sum",)
     symmetries: ClassVar = frozenset({"rotation", "translation", "permutation"})
+    MAY_BE_ZERO: ClassVar = frozenset({"max_order", "num_trigonometric", "num_powers"})
 
     elements: tuple[int, ...]
     width: int = 16

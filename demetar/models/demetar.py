@@ -84,6 +84,7 @@ class Demetar(GraphModel):
         "edge_attention": ("full", "shared_node", "none"),
         "scaling": ("standard", "blog"),
     }
+    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "node_layers", "joint_layers"})
 
     elements: tuple[int, ...]
     equivariance: str = "velocity"

@@ -55,6 +55,7 @@ class Nmp(GraphModel):
 
     READOUTS: ClassVar = ("cls",)
     CHOICES: ClassVar = {"form": ("authors", "pyg")}
+    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "output_layers"})
 
     form: str = "authors"
     width: int = 50

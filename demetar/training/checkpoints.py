@@ -49,11 +49,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep_last: int, job: Job | None = None):
-        if keep_last < 2:
-            raise UserError(
-                f"config.checkpoint.keep_last ({keep_last}) must be at least 2: a damaged "
-                "newest checkpoint falls back to the one before."
-            )
         check_name(workdir)
         self._folder = workdir / "checkpoints"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +120,21 @@ class Checkpoints:
         return damaged
 
     # --- writing -------------------------------------------------------------------------------
+
+    def check_space(self, abstract_state) -> None:
+        """Refuses a disk without room for two checkpoints, those that are there included.
+
+        With one and room for another a run can go on: an old one goes when a new one is whole.
+        """
+        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+        wanted = size * max(1, 2 - len(self._manager.all_steps()))
+        free = shutil.disk_usage(self._folder).free
+        if free < wanted:
+            raise UserError(
+                f"{self._folder} has {free / 1e6:.1f} MB free, but the next checkpoints need "
+                f"{wanted / 1e6:.1f} MB ({size / 1e6:.1f} MB each): free some, or choose another "
+                "--workdir."
+            )
 
     def save(self, state: TrainState, identity: dict, progress: Progress) -> None:
         """Starts saving; blocks only while arrays are copied.

@@ -11,7 +11,6 @@ import optax
 from data_pipelines import batching
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.dataset import Dataset
-from data_pipelines.errors import UserError
 from data_pipelines.registry import load_dataset
 from demetar.config import stored
 from demetar.models import create_model, predict
@@ -115,8 +114,11 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
       devices: of a machine that is only planned; None: those of this one.
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices)
-    _check(config, mesh)
+    batch_size, parts = config.data.batch_size, config.train.accumulation
+    sharding.check_batch_size("config.data.batch_size", batch_size, mesh, parts)
+    sharding.check_batch_size("config.data.eval_batch_size", config.data.eval_batch_size, mesh)
     dataset = load_dataset(**config.data)
+    sharding.check_graphs(len(dataset.split["train"]), dataset.items, mesh)
     arrays, normalizations = standardize(dataset, stored.real_dtype(config))
     train = config.train
     objective = make_objective(
@@ -141,19 +143,3 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
     )
     sharding.check_model_axis(mesh, model, experiment.abstract_state().params)
     return experiment
-
-
-def _check(config: ml_collections.ConfigDict, mesh) -> None:
-    """Refuses now what could only fail later."""
-    data, train = config.data, config.train
-    for group, key in (
-        ("train", "num_steps"),
-        ("train", "eval_every"),
-        ("train", "accumulation"),
-        ("checkpoint", "every_steps"),
-        ("log", "every_steps"),
-    ):
-        if config[group][key] < 1:
-            raise UserError(f"config.{group}.{key} ({config[group][key]}) must be at least 1.")
-    sharding.check_batch_size("config.data.batch_size", data.batch_size, mesh, train.accumulation)
-    sharding.check_batch_size("config.data.eval_batch_size", data.eval_batch_size, mesh)

@@ -162,6 +162,8 @@ def make_objective(targets: tuple[Target, ...], loss: str, losses, weights, metr
         check_measure(f"config.train.metrics.{name}", target.metric)
         if not 0 <= (weight := weights.get(name, 1.0)) < float("inf"):
             raise UserError(f"config.train.weights.{name} ({weight}) must be 0 or more.")
+    if not any(weights.get(name, 1.0) for name in names):
+        raise UserError("config.train.weights is 0 for every target: nothing would be learned.")
     return Objective(
         targets,
         tuple(losses.get(name, loss) for name in names),

@@ -14,6 +14,7 @@ import jax
 import optax
 
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.ranges import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,26 +228,22 @@ SCHEDULES = {
 
 # --- a config to both ----------------------------------------------------------------------------
 
-_DECAY_RATE = ("at least 0 and less than 1", lambda x: 0 <= x < 1)
-_POSITIVE = ("a finite number above 0", lambda x: 0 < x < math.inf)
-_PART = ("at least 0 and at most 1", lambda x: 0 <= x <= 1)
-
-# Key of config.optim -> what its value must be, in words and as a test that nan fails.
+# Key of config.optim -> what its value must be.
 _RANGES = {
-    "learning_rate": _POSITIVE,
+    "learning_rate": POSITIVE,
     "clip_norm": ("finite and at least 0; 0 switches it off", lambda x: 0 <= x < math.inf),
     "ema_decay": ("at least 0 and less than 1; 0 keeps no average", lambda x: 0 <= x < 1),
-    "b1": _DECAY_RATE,
-    "b2": _DECAY_RATE,
-    "momentum": _DECAY_RATE,
-    "eps": _POSITIVE,
-    "consistent_rms": _POSITIVE,
+    "b1": BELOW_ONE,
+    "b2": BELOW_ONE,
+    "momentum": BELOW_ONE,
+    "eps": POSITIVE,
+    "consistent_rms": POSITIVE,
     "weight_decay": ("finite and at least 0; 0 switches it off", lambda x: 0 <= x < math.inf),
-    "final_fraction": _PART,
+    "final_fraction": PART,
     "decay_fraction": ("above 0 and at most 1", lambda x: 0 < x <= 1),
     "factor": ("above 0 and below 1", lambda x: 0 < x < 1),
-    "patience": ("at least 0", lambda x: x >= 0),
-    "min_scale": _PART,
+    "patience": NOT_NEGATIVE,
+    "min_scale": PART,
 }
 
 
@@ -278,9 +275,9 @@ def make_optimizer(
 
 
 def _check_ranges(options: dict[str, Any], num_steps: int) -> None:
-    for key, (words, fits) in _RANGES.items():
-        if key in options and not fits(options[key]):
-            raise UserError(f"config.optim.{key} is {options[key]}, but must be {words}.")
+    for key, allowed in _RANGES.items():
+        if key in options:
+            check_range(f"config.optim.{key}", options[key], allowed)
     if not 0 <= options["warmup_steps"] < num_steps:
         raise UserError(
             f"config.optim.warmup_steps ({options['warmup_steps']}) must be at least 0 and less "

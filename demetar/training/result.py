@@ -1,7 +1,6 @@
 """`result.json`: what a finished run or an evaluation says, with all that it depends on."""
 
 import pathlib
-import subprocess
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from demetar.training.evaluator import Evaluator, Outcome, label_variance
 from demetar.training.experiment import Experiment
 from demetar.training.measures import MEASURES
 from demetar.training.progress import Progress
+from demetar.training.provenance import provenance
 from demetar.training.state import TrainState, params_sha256, state_sha256
 
 
@@ -98,7 +98,7 @@ def final_result(
         "seed": experiment.config.seed,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        "git_commit": git_commit(),
+        **provenance(),
         "params_sha256": params_sha256(state.params),
         "state_sha256": state_sha256(state, progress.to_json()),
     }
@@ -108,13 +108,3 @@ def final_result(
         items = outcome.dataset.items
         print(f"Test {outcome.text()} over {outcome.count} {items}; see {workdir}/result.json")
     return result
-
-
-def git_commit() -> str | None:
-    """Of the checkout this code runs from; None outside of one."""
-    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from data_pipelines.errors import UserError
 from data_pipelines.prepared import default_cache_dir
 from demetar.config.stored import real_dtype
 
@@ -24,7 +25,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
     if "xla_gpu_deterministic_ops" not in flags:
         # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
-    if jax.default_backend() == "cpu":
+    if _backend() == "cpu":
         keep_freed_memory()
         if jax.process_count() > 1:
             _let_gloo_yield()
@@ -34,8 +35,22 @@ def configure_for_prediction() -> None:
     """One virtual CPU device for each core, and the compilation cache."""
     jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     _keep_programs(default_cache_dir())
-    if jax.default_backend() == "cpu":
+    if _backend() == "cpu":
         keep_freed_memory()
+
+
+def _backend() -> str:
+    """The kind of the devices: `cpu`, `gpu` or `tpu`."""
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        # Which JAX raises without a word where a platform is asked for that has no device.
+        reason = str(error).partition("\n")[0] or "there is no such device"
+        raise UserError(
+            f"JAX cannot use the devices of JAX_PLATFORMS={asked!r}: {reason}. Unset it to take "
+            "what is there, or install demetar[gpu] or demetar[tpu] and look at the drivers."
+        ) from error
 
 
 def _keep_programs(folder: pathlib.Path) -> None:

@@ -216,6 +216,15 @@ def sum_gradients(gradients, sums, specs):
     return treedef.unflatten(total), sums
 
 
+def check_graphs(graphs: int, items: str, mesh: Mesh) -> None:
+    """Refuses a mesh in which some devices could never have a graph to train on."""
+    if graphs < (parts := batch_parts(mesh)):
+        raise UserError(
+            f"config.mesh divides a batch over {parts} devices (data x fsdp), but the training "
+            f"part has only {graphs} {items}: use at most so many, or give it more {items}."
+        )
+
+
 def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """A batch must give every part of the mesh the same number of graphs in every micro-batch."""
     devices = batch_parts(mesh)
@@ -225,7 +234,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh, accumulation: int =
         raise UserError(
             f"{name} ({batch_size}) must be a positive multiple of {parts} = {devices} "
             f"(data x fsdp) x {accumulation} accumulation steps; the nearest are {below} and "
-            f"{math.ceil((batch_size + 1) / parts) * parts}."
+            f"{below + parts}."
         )
 
 
