@@ -216,6 +216,7 @@ def test_locks_that_do_not_hold(tmp_path, monkeypatch, error):
         ({"pid": 2**22 + 1}, "a stale lock"),  # more than a pid can be
         ({"pid": os.getpid(), "ended": "done"}, "a stale lock"),
     ],
+    ids=["held", "stale", "ended"],  # not with a pid: workers must see the same tests
 )
 def test_a_workdir_that_is_held(tmp_path, facts, text):
     assert not list(checks.holder(tmp_path))
