@@ -33,7 +33,7 @@ from data_pipelines.molecules.units import Column
 from data_pipelines.qm9.sources import read_qm9pack
 from demetar.inference.model import load_model
 from demetar.speed.machine import processor
-from demetar.training.result import git_commit
+from demetar.training.provenance import git_commit
 
 SMOKE = bool(os.environ.get("SMOKE"))
 BLOCKS = 200 if SMOKE else 4_000  # different molecules

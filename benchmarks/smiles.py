@@ -24,7 +24,7 @@ from data_pipelines.registry import load_dataset
 from demetar.inference.model import load_model
 from demetar.speed.machine import processor
 from demetar.training import runtime
-from demetar.training.result import git_commit
+from demetar.training.provenance import git_commit
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "smiles.json"

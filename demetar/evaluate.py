@@ -31,7 +31,7 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     file = workdir / "config.json"
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
-    saved = json.loads(file.read_text())
+    saved = stored.read_identity(file)
     config = stored.from_json(saved["config"])
     runtime.configure(config)
     experiment = build_experiment(config)

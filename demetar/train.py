@@ -142,7 +142,7 @@ def prepare_workdir(workdir: pathlib.Path, identity: dict) -> None:
     file = workdir / "config.json"
     started = (workdir / "result.json").exists() or any(workdir.glob("checkpoints/*/"))
     if file.exists() and started:
-        stored.check_same_run(files.read_json(file), identity, workdir)
+        stored.check_same_run(stored.read_identity(file), identity, workdir)
     else:
         files.write_json(file, identity)
 

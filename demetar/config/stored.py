@@ -1,6 +1,7 @@
 """Configs as data: JSON in and out, and which changes a resume may not survive."""
 
 import json
+import pathlib
 from collections.abc import Mapping
 
 import ml_collections
@@ -24,6 +25,21 @@ _FREE = (
 def to_json(config: ml_collections.ConfigDict) -> dict:
     """The completed config as plain JSON values (tuples become lists)."""
     return json.loads(config.to_json_best_effort())
+
+
+def read_identity(file: pathlib.Path) -> dict:
+    """What a saved `config.json` holds, `config` and `passport`; a damaged one is a `UserError`."""
+    try:
+        identity = json.loads(file.read_text())
+        parts = [identity[part] for part in ("config", "passport")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("config and passport must be objects")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} does not hold the settings of a run ({error!r}). Copy the folder again, or "
+            "start anew in another one."
+        ) from error
+    return identity
 
 
 def from_json(fields: Mapping) -> ml_collections.ConfigDict:

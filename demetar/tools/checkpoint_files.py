@@ -1,7 +1,6 @@
 """What `demetar checkpoints` says of the checkpoints of a run, and which of them it deletes."""
 
 import dataclasses
-import json
 import math
 import pathlib
 import shutil
@@ -136,7 +135,7 @@ def _read(folder: pathlib.Path) -> tuple[dict, Progress | None]:
         if (folder / "meta").is_dir():
             identity, progress = read_meta(folder)
         else:
-            identity = json.loads((folder / "config.json").read_text())
+            identity = stored.read_identity(folder / "config.json")
             whole = [one for one in saved(folder) if one.wrong is None]
             if whole:
                 _, progress = read_meta(whole[-1].folder)

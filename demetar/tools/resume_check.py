@@ -79,7 +79,7 @@ def compare(first: pathlib.Path, second: pathlib.Path, step: int) -> Comparison:
     losses = [_losses(folder, step) for folder in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
     a, b = (np.array([loss[k] for k in common]) for loss in losses)
-    config = stored.from_json(files.read_json(first / "config.json")["config"])
+    config = stored.from_json(stored.read_identity(first / "config.json")["config"])
     with config.unlocked():  # all of it on one device of this process
         config.mesh.update({"data": 1, "fsdp": 1, "model": 1})
     experiment = build_experiment(config)
@@ -175,7 +175,7 @@ def finish(job: LocalJob) -> None:
 
 def configure_like(workdir: pathlib.Path) -> None:
     """Precision and such of this process, as the run in `workdir` had them."""
-    config = stored.from_json(files.read_json(workdir / "config.json")["config"])
+    config = stored.from_json(stored.read_identity(workdir / "config.json")["config"])
     with config.unlocked():
         config.mesh.cpu_devices = 1
     runtime.configure(config)
