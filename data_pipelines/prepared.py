@@ -18,6 +18,7 @@ import pathlib
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,9 +53,9 @@ def prepare(
     if not folder.exists():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _lock(folder.parent / f"{folder.name}.lock"):
+            with _lock(folder.parent / f"{folder.name}.lock") as locked:
                 if not folder.exists():  # else another job has prepared it while we waited
-                    _build(folder, build)
+                    _build(folder, build, locked)
         except UserError:
             raise
         except Exception as error:
@@ -104,33 +105,53 @@ def write_parts(
     for number in itertools.count(done):
         if not (items := list(itertools.islice(made, size))):
             return sorted(parts.glob("[0-9]*.npz"))
-        building = parts / f"building-{number:06}.npz"
+        building = parts / f"building-{_own_name()}.npz"
         np.savez(building, **pack(number * size, items))
         building.rename(parts / f"{number:06}.npz")
 
 
-def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None]) -> None:
-    for leftover in folder.parent.glob(f".{folder.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a killed preparation: we hold the lock
-    building = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
+def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None], locked: bool) -> None:
+    # Of a killed preparation; without the lock they may be those of a living one.
+    for leftover in folder.parent.glob(f".{folder.name}.*") if locked else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    building = folder.parent / f".{folder.name}.{_own_name()}"
     building.mkdir()
     try:
         build(building)
         building.rename(folder)
+    except OSError:
+        if not folder.exists():  # else another job, which no lock has kept out, was first
+            raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
 
+def _own_name() -> str:
+    """Of a file or folder that no other process writes; in containers hosts and ids repeat."""
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+
+
 @contextlib.contextmanager
 def _lock(file: pathlib.Path):
-    """Held by one process of this host at a time; the kernel frees it when a holder dies."""
+    """Held by one process of this host at a time; the kernel frees it when a holder dies.
+
+    Gives whether it is held: some network filesystems have no locks. Then two jobs may prepare the
+    same data at once, each in a folder of its own, and the first to end gives it the final name.
+    """
     with file.open("w") as handle:
+        locked = True
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print("Another process is preparing the data; waiting for it.", file=sys.stderr)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        except OSError as error:
+            locked = False
+            print(
+                f"{file.parent} has no file locks ({error.strerror}): preparing without one.",
+                file=sys.stderr,
+            )
+        yield locked
 
 
 def _file_facts(file: pathlib.Path) -> dict:

@@ -1,6 +1,7 @@
 """What the machine refuses is not the run's fault: a sentence, exit code 2, nothing counted."""
 
 import errno
+import fcntl
 import io
 import os
 import pathlib
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from data_pipelines import prepared
@@ -16,6 +18,7 @@ from demetar import exits
 from demetar.exits import EXIT_FAILED, EXIT_USER_ERROR
 from demetar.job.job import Job
 from demetar.job.place import Place
+from demetar.job.watch import Watch
 from demetar.training import provenance, runtime
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -68,6 +71,33 @@ def test_a_full_disk_while_preparing_says_where_else(tmp_path):
 
     with pytest.raises(UserError, match=r"No space left.*config.data.cache_dir.*500 MB"):
         prepared.prepare(tmp_path / "data", build, "500 MB")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_file_locks_the_first_to_end_gives_the_data_their_name(
+    number, tmp_path, monkeypatch, capsys
+):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = tmp_path / "data"
+
+    def build(of, meanwhile=lambda: None):
+        def build(building):
+            meanwhile()
+            prepared.write(building, {"x": np.full(3, of)}, {"of": of})
+
+        return build
+
+    other = lambda: prepared.prepare(folder, build(1), "1 MB")
+    arrays, passport = prepared.prepare(folder, build(2, other), "1 MB")
+    assert passport == {"of": 1} and arrays["x"].tolist() == [1, 1, 1]
+    said = f"{tmp_path} has no file locks ({os.strerror(number)}): preparing without one."
+    assert capsys.readouterr().err.splitlines() == [said, said]
+    assert {file.name for file in tmp_path.iterdir()} == {"data", "data.lock"}
+    Watch(tmp_path / "run", 0, 1, lost_seconds=30, stuck_seconds=80).end("done", 0)
+    assert "nothing keeps another job out" in capsys.readouterr().err
 
 
 def test_a_user_without_a_home(monkeypatch):

@@ -191,8 +191,12 @@ class Watch:
                     f"Another job works in {self._folder.parent}: process {other.get('pid')} on "
                     f"host {other.get('host')}. Wait for it, stop it, or choose another --workdir."
                 ) from error
-            except OSError:
-                return  # a filesystem without locks
+            except OSError as error:
+                log.say(
+                    f"{self._folder.parent} has no file locks ({error.strerror}): nothing keeps "
+                    "another job out of this workdir."
+                )
+                return
 
     def _beat(self) -> None:
         with self._lock:
