@@ -232,4 +232,7 @@ def _typed(path: str, value: Any, default: Any) -> Any:
 
 def _plain(fields: Mapping | ml_collections.ConfigDict) -> dict:
     """Nested dicts, without references."""
-    return ml_collections.ConfigDict(fields).to_dict()
+    try:
+        return ml_collections.ConfigDict(fields).to_dict()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"These are no groups of keys and values: {error}") from error

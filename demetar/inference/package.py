@@ -143,10 +143,12 @@ def _of_zip(path: pathlib.Path) -> dict[str, bytes]:
                 largest = min(largest, _RATIO * info.compress_size + (1 << 20))
                 _check_size(path, file, info.file_size, largest)
             return {file: archive.read(file) for file in _LARGEST}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{path} is no model: no zip that can be read ({error}).") from error
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
+    except Exception as error:  # of damaged bytes zipfile raises almost anything
+        raise UserError(f"{path} is no model: no zip that can be read ({error}).") from error
 
 
 def _check_size(where: pathlib.Path, file: str, size: int, largest: int) -> None:

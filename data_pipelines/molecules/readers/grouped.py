@@ -54,8 +54,10 @@ def _open(path: pathlib.Path) -> Iterator:
     try:
         with h5py.File(path, "r") as file:
             yield file
-    except (OSError, RuntimeError, KeyError) as error:  # what h5py makes of HDF5's errors
-        raise Damaged(str(error)) from error
+    except (UserError, Damaged):
+        raise
+    except Exception as error:  # of damaged bytes h5py raises almost anything
+        raise Damaged(repr(error)) from error
 
 
 def _groups(file, path: pathlib.Path) -> Iterator:
@@ -81,7 +83,10 @@ def _is_group(item) -> bool:
 
 
 def _members(group) -> dict[str, members.Member]:
-    return {name: _Slices(item) for name, item in group.items() if not _is_group(item)}
+    found = dict(group.items())
+    if lost := [name for name, item in found.items() if item is None]:
+        raise Damaged(f"{group.name}: {lost[0]} leads nowhere")
+    return {name: _Slices(item) for name, item in found.items() if not _is_group(item)}
 
 
 class _Slices(members.Member):

@@ -94,7 +94,6 @@ def _header(lines, path: pathlib.Path) -> list[str]:
 
 def read_parquet(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
     """Rows with the types of the file; null is None."""
-    arrow = _parquet()
     number = 0
     with _open_parquet(path) as file:
         build = _Builder(path, file.schema_arrow.names, smiles_column)
@@ -102,11 +101,12 @@ def read_parquet(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
         while True:
             try:
                 batch = next(batches, None)
-            except (arrow.ArrowException, OSError) as error:
+                values = batch.to_pylist() if batch is not None else None
+            except Exception as error:  # of damaged bytes pyarrow raises almost anything
                 raise Damaged(str(error)) from error
-            if batch is None:
+            if values is None:
                 return
-            for columns in batch.to_pylist():
+            for columns in values:
                 number += 1
                 yield build.row(number, columns)
 
@@ -137,9 +137,11 @@ def _parquet():
 def _open_parquet(path: pathlib.Path):
     arrow = _parquet()
     try:
-        return arrow.parquet.ParquetFile(path)
-    except (arrow.ArrowException, OSError) as error:
+        file = arrow.parquet.ParquetFile(path)
+        _ = file.schema_arrow.names  # is decoded when it is asked for
+    except Exception as error:  # as above
         raise Damaged(str(error)) from error
+    return file
 
 
 # --- both ----------------------------------------------------------------------------------------
