@@ -425,6 +425,20 @@ def test_a_stored_config_is_completed_with_the_defaults_of_today(tmp_path):
         stored.from_json(saved["config"])
 
 
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{}", '{"config": 3, "passport": {}}', "[" * 100_000, "\ud800"]
+)
+def test_settings_of_a_run_that_are_damaged(text, tmp_path):
+    (tmp_path / "config.json").write_text(text, errors="surrogatepass")
+    with pytest.raises(UserError, match="config.json does not hold the settings of a run"):
+        stored.read_identity(tmp_path / "config.json")
+
+
+def test_a_key_that_no_group_can_have():
+    with pytest.raises(UserError, match="no groups of keys and values"):
+        stored.from_json({"model": {"na.me": "demetar"}})
+
+
 def test_real_dtype():
     names = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
     for name, wanted in names.items():

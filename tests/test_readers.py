@@ -729,3 +729,24 @@ def test_what_rdkit_has_read_is_not_perceived_again(tmp_path, smiles, hydrogens,
         one, other = (make_molecule(r, "file") for r in (row, replace(row, is_perceived=False)))
         for field in fields(one):
             np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+
+
+def test_damage_that_only_a_fuzzer_finds(tmp_path):
+    """`benchmarks/fuzz.py` found these: the libraries raise something unexpected."""
+    import pyarrow
+
+    atoms = {"numbers": [[1, 1]], "positions": np.zeros((1, 2, 3))}
+    np.savez(tmp_path / "a.npz", **atoms)
+    data = (tmp_path / "a.npz").read_bytes()
+    at = data.index(b"PK\x01\x02") + 6  # the version of zip that the reader needs
+    (tmp_path / "a.npz").write_bytes(data[:at] + b"\x7c" + data[at + 1 :])
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for name, values in atoms.items():
+            file[name] = values
+        file["energy"] = h5py.SoftLink("/nowhere")
+    parquet.write_table(pyarrow.table({"smiles": ["C"], "homo": [1.0]}), tmp_path / "a.parquet")
+    data = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(data.replace(b"homo", b"h\x9dmo"))
+    for name in ("a.npz", "a.h5", "a.parquet"):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            list(read_rows(tmp_path / name))
