@@ -747,6 +747,11 @@ def test_damage_that_only_a_fuzzer_finds(tmp_path):
     parquet.write_table(pyarrow.table({"smiles": ["C"], "homo": [1.0]}), tmp_path / "a.parquet")
     data = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(data.replace(b"homo", b"h\x9dmo"))
-    for name in ("a.npz", "a.h5", "a.parquet"):
+    text = "1\nProperties=species:S:1:pos:R:900000000\nH 0 0 0\n"  # ase would wait for memory
+    (tmp_path / "a.xyz").write_text(text)
+    (row,) = read_rows(tmp_path / "a.xyz")
+    assert "Properties names 900000001 columns, and the first atom has 4" in row.refusal.message
+    (tmp_path / "negative.xyz").write_text("-5\n")
+    for name in ("a.npz", "a.h5", "a.parquet", "negative.xyz"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             list(read_rows(tmp_path / name))

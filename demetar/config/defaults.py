@@ -125,6 +125,7 @@ def complete(fields: Mapping) -> ml_collections.ConfigDict:
         name = chosen(fields, key)
         if not name:
             raise UserError(f"The config has no config.{key}: set it. Known: {', '.join(rows)}.")
+        _typed(key, name, "")
         check_known(f"config.{key}", name, rows)
         known[key.partition(".")[0]] |= copy.deepcopy(options(name))
     filled = _filled(known, fields, "", known)

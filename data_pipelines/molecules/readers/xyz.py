@@ -7,6 +7,8 @@ import functools
 import io
 import itertools
 import pathlib
+import re
+import sys
 from collections.abc import Iterator
 
 from data_pipelines.molecules.readers.ase_files import row_of_atoms
@@ -14,6 +16,7 @@ from data_pipelines.molecules.readers.fields import Damaged, clean, open_text, u
 from data_pipelines.molecules.record import Refusal, Row
 
 _SHOWN = 30  # characters of a line in a message
+_COUNTS = re.compile(r":[RILS]:(\d+)")  # numbers of columns, in Properties of extended xyz
 
 
 def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
@@ -84,6 +87,8 @@ def _frames(path: pathlib.Path) -> Iterator[str]:
                 continue  # blank lines between frames
             try:
                 atoms = int(first)
+                if not 0 <= atoms < sys.maxsize:
+                    raise ValueError(atoms)
             except ValueError as error:
                 shown = first.strip()[:_SHOWN]
                 raise Damaged(
@@ -108,6 +113,10 @@ def _read_atoms(text: str):
         found = ase.io.read(io.StringIO(f"{first}\n\n{atoms}"), index=0, format="extxyz")
         found.info = {"comment": comment.strip()} if comment.strip() else {}
         return found
+    # ase prepares as many columns as are claimed, before it looks at the lines.
+    claimed = sum(int(count) for count in _COUNTS.findall(comment))
+    if claimed > (there := len(atoms.partition("\n")[0].split())):
+        raise ValueError(f"Properties names {claimed} columns, and the first atom has {there}")
     found = ase.io.read(io.StringIO(text), index=0, format="extxyz")
     # Words without a value are read as true.
     found.info = {k: v for k, v in found.info.items() if f"{k}=" in comment}
