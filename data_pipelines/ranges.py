@@ -11,6 +11,7 @@ Range = tuple[str, Callable[[Any], bool]]
 
 COUNT: Range = ("a whole number from 1", lambda x: isinstance(x, numbers.Integral) and x >= 1)
 NOT_NEGATIVE: Range = ("at least 0", lambda x: x >= 0)
+FINITE: Range = ("a finite number", math.isfinite)
 POSITIVE: Range = ("a finite number above 0", lambda x: 0 < x < math.inf)
 PART: Range = ("at least 0 and at most 1", lambda x: 0 <= x <= 1)
 BELOW_ONE: Range = ("at least 0 and less than 1", lambda x: 0 <= x < 1)

@@ -121,7 +121,7 @@ def test_devices_that_are_not_there(error, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     reason = str(error) or "there is no such device"
     with pytest.raises(UserError, match=f"of JAX_PLATFORMS='cuda': {reason}. Unset it"):
-        runtime.configure_for_prediction()
+        runtime._backend()
 
 
 @pytest.mark.parametrize("mode", ["w", "unbuffered"])

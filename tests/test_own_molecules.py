@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from conftest import REPOSITORY
 from test_docs import ALL
 from test_inference import experiment_of, weights_of
 
+from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import preparation
 from data_pipelines.molecules.parallel import map_rows
@@ -173,6 +175,18 @@ def test_references_of_atoms_are_fitted_to_training_alone(molecules, tmp_path, h
     )
     np.testing.assert_allclose(counts.T @ left[dataset.split["train"]], 0, atol=1e-6)
     assert np.abs(left).max() < 1 < np.abs(list(total.values())).min()
+    # From a file, its numbers are part of what the data are: a resume sees that they changed.
+    assert "references" not in dataset.passport
+    table = {symbols()[z]: value for z, value in references.items()}
+    file = tmp_path / "references.json"
+    options = {"targets": ("U0:hartree",), "extensive": ("U0",), "references": str(file)}
+    file.write_text(json.dumps({"U0": table}))
+    again = load(tmp_path / "mine.extxyz", tmp_path, **options)
+    assert again.passport == dataset.passport | {"references": {"U0": table}}
+    np.testing.assert_array_equal(again.arrays.graph_labels["U0"], left)
+    file.write_text(json.dumps({"U0": table | {"H": float("nan")}}))
+    with pytest.raises(UserError, match="The reference of H for 'U0' in .* is nan, but must be a"):
+        load(tmp_path / "mine.extxyz", tmp_path, **options)
 
 
 def test_other_elements_and_charges(tmp_path, here):

@@ -12,9 +12,16 @@ from conftest import REPOSITORY, TINY
 from data_pipelines.errors import UserError
 from demetar import chaos, verify_resume
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_NO_PROGRESS, EXIT_USER_ERROR, Preempted
+from demetar.exits import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_NO_PROGRESS,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    Preempted,
+)
 from demetar.job.job import Job
-from demetar.tools import local_job
+from demetar.tools import local_job, random_kills
 from demetar.tools.local_job import LocalJob
 from demetar.tools.random_kills import EXACT
 from demetar.tools.resume_check import Comparison, RunFailed, compare, finish
@@ -53,6 +60,17 @@ def test_both_commands_on_runs_that_are_exact(runner):
     [kill] = found["attempts"]
     assert kill["exit_codes"] == [-9] and not kill["finished_before"]
     assert 0 <= kill["resumes_from"] < 150
+
+
+@pytest.mark.parametrize("code", [EXIT_DONE, EXIT_PREEMPTED])
+def test_a_run_that_ended_by_itself_is_not_taken_for_killed(code, tmp_path, monkeypatch):
+    kill = {"victim": 0, "phases": [], "finished_before": True, "exit_codes": [code]}
+    kill |= {"others_ended_after_s": 0.0, "resumes_from": 10}
+    monkeypatch.setattr(random_kills, "run_to", lambda *_: None)
+    monkeypatch.setattr(random_kills, "finish", lambda *_: None)
+    monkeypatch.setattr(random_kills, "kill_once", lambda *_: kill)
+    with pytest.raises(UserError, match="ended after 1 kills: choose more --steps"):
+        random_kills.chaos(tmp_path, [], kills=3, steps=10, count=1, seed=0)
 
 
 # --- what is the same ----------------------------------------------------------------------------

@@ -76,6 +76,10 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
         charge=np.repeat(molecules.charge, sizes) if options.charges == "embed" else None,
     )
     split_hash = hashlib.sha256(b"|".join(parts[p].astype("<i8").tobytes() for p in PARTS))
+    passport = passport | {"split_sha256": split_hash.hexdigest()}
+    if options.references not in ("fit", "none"):  # a file, which may change before a resume
+        by_symbol = lambda one: {symbols()[z]: value for z, value in one.items()}
+        passport |= {"references": {name: by_symbol(one) for name, one in found.items()}}
     return Dataset(
         name="molecules",
         items="molecules",
@@ -85,7 +89,7 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
         split=parts,
         split_name="files" if len(_paths(options)) > 1 else options.split,
         buckets=make_buckets(arrays, buckets),
-        passport=passport | {"split_sha256": split_hash.hexdigest()},
+        passport=passport,
         about=_about(molecules, passport, parts, elements, targets),
         baselines=training_mean(labels, parts["train"]),
         references=found,

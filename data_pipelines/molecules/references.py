@@ -14,6 +14,7 @@ import numpy as np
 
 from data_pipelines.elements import atomic_number, symbols
 from data_pipelines.errors import UserError
+from data_pipelines.ranges import FINITE, check_range
 
 
 def composition(atomic_number_N: np.ndarray, node_offset_G: np.ndarray, elements) -> np.ndarray:
@@ -50,6 +51,8 @@ def read(path: str, target: str, elements) -> dict[int, float]:
         raise UserError(
             f"{path} has no reference of {', '.join(missing)} for target {target!r}: add it."
         )
+    for z in elements:
+        check_range(f"The reference of {symbols()[z]} for {target!r} in {path}", given[z], FINITE)
     return {z: given[z] for z in elements}
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 
 from data_pipelines.errors import UserError
+from demetar.exits import EXIT_DONE, EXIT_PREEMPTED
 from demetar.records.log import say
 from demetar.tools.local_job import LocalJob
 from demetar.tools.resume_check import (
@@ -54,7 +55,8 @@ def chaos(
             f"ended after {last['others_ended_after_s']} s with {last['exit_codes']}, resumes from "
             f"{last['resumes_from']}; about {left / 60:.0f} min left"
         )
-        if last["finished_before"] and 0 in last["exit_codes"]:
+        # By its end, or as `stop_at` has it: then nothing was killed.
+        if last["finished_before"] and {EXIT_DONE, EXIT_PREEMPTED} & set(last["exit_codes"]):
             raise UserError(f"The run ended after {len(attempts)} kills: choose more --steps.")
     finish(run_to(broken, arguments, steps, _EVERY, count))
     configure_like(whole)
