@@ -435,8 +435,8 @@ def test_settings_of_a_run_that_are_damaged(text, tmp_path):
 
 
 def test_a_key_that_no_group_can_have():
-    with pytest.raises(UserError, match="config.model.name is {'a': 1}, but must be a text"):
-        stored.from_json({"model": {"name": {"a": 1}}})
+    with pytest.raises(UserError, match="config.data.name is {'a': 1}, but must be a text"):
+        stored.from_json({"data": {"name": {"a": 1}}})
     with pytest.raises(UserError, match="no groups of keys and values"):
         stored.from_json({"model": {"na.me": "demetar"}})
 

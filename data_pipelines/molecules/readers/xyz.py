@@ -37,7 +37,11 @@ def columns(path: pathlib.Path) -> tuple[str, ...]:
         if is_plain(comment):
             names = {"comment"} if comment.strip() else {}
         else:
-            names = [n for n in key_val_str_to_dict(comment) if n not in own and f"{n}=" in comment]
+            try:
+                values = key_val_str_to_dict(comment)
+            except Exception:  # as in `parse`, where the row is refused
+                values = {}
+            names = [n for n in values if n not in own and f"{n}=" in comment]
         found = union([found, names])
     return tuple(found)
 
