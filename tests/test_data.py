@@ -2,6 +2,7 @@
 
 import bz2
 import csv
+import io
 import multiprocessing
 import pathlib
 import shutil
@@ -114,6 +115,34 @@ def test_truncated_archive_is_refused(tmp_path):
     broken.write_bytes(preparation.SAMPLE_FILE.read_bytes()[:100_000])
     with pytest.raises(UserError, match="truncated"):
         list(read_raw(str(broken)))
+
+
+def test_members_of_an_archive_are_small_and_never_written(tmp_path):
+    file = tmp_path / "in" / "q.tar.gz"
+    file.parent.mkdir()
+    with tarfile.open(file, "w:gz", compresslevel=1) as archive:
+        for name, kind in (("l.xyz", tarfile.SYMTYPE), ("h.xyz", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+        for name in ("../a.xyz", f"{tmp_path}/b.xyz"):
+            member = tarfile.TarInfo(name)
+            member.size = len(METHANE)
+            archive.addfile(member, io.BytesIO(METHANE.encode()))
+    assert [molecule.index for molecule in read_raw(str(file))] == [1, 1]
+    with tarfile.open(file, "w:gz", compresslevel=1) as archive:
+        member = tarfile.TarInfo("bomb.xyz")
+        member.size = 2 << 20
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(UserError, match="bomb.xyz has 2097152 bytes; .* at most 1048576"):
+        list(read_raw(str(file)))
+    assert [path.name for path in tmp_path.rglob("*")] == ["in", "q.tar.gz"]
+
+
+def test_a_file_of_the_folder_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.xyz").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="a.xyz cannot be read"):
+        list(read_raw(str(tmp_path)))
 
 
 def test_qm9pack_format_equals_raw(tmp_path):

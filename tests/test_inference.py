@@ -179,6 +179,22 @@ def test_a_zip_of_something_else_is_refused(members, said, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.zip"]
 
 
+@pytest.mark.parametrize(
+    "card, said",
+    [
+        ('{"format": 2, "weights_sha256": "", "versions": "1"}', "has format 2"),
+        ('{"format": 1, "weights_sha256": 1}', "is damaged"),
+        ("[" * 100_000, "is no card of a model"),
+    ],
+    ids=["versions", "hash", "deep"],
+)
+def test_a_card_of_other_types_is_refused(card, said, tmp_path):
+    (tmp_path / package.CARD).write_text(card)
+    (tmp_path / package.WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match=said):
+        load_model(tmp_path)
+
+
 def test_an_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(UserError, match="Models that ship: nbody-egnn-e3-seed0"):
         load_model("qm9-homo-7")

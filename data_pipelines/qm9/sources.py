@@ -11,7 +11,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from data_pipelines.qm9.properties import COLUMNS, ELEMENTS, atom_reference_sum
 
 NUM_PUBLISHED = 133_885
 NUM_CHARACTERIZED = 130_831
+_LARGEST_FILE = 1 << 20  # bytes of one molecule; the published ones have about 2,000
 _EXCLUDED_FILE = pathlib.Path(__file__).parent / "uncharacterized.txt"
 
 
@@ -175,11 +176,25 @@ def read_raw(path: str) -> Iterator[Molecule]:
     yield from (molecule for molecule in molecules if molecule.index not in excluded)
 
 
-def _raw_folder(folder: pathlib.Path) -> Iterable[tuple[str, str]]:
+def _raw_folder(folder: pathlib.Path) -> Iterator[tuple[str, str]]:
     files = sorted(folder.glob("*.xyz"))
     if not files:
         raise UserError(f"No *.xyz in {folder}: set config.data.path to QM9's unpacked folder.")
-    return ((str(file), file.read_text()) for file in files)
+    for file in files:
+        try:
+            _check_size(str(file), file.stat().st_size)
+            yield str(file), file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{file} cannot be read ({error!r}). Fetch it again.") from error
+
+
+def _check_size(name: str, size: int) -> None:
+    """Before it is read: a few bytes of an archive can claim any number."""
+    if size > _LARGEST_FILE:
+        raise UserError(
+            f"{name} has {size} bytes; a molecule of QM9 has at most {_LARGEST_FILE}. "
+            "It is not the published file; fetch it again."
+        )
 
 
 def _raw_archive(file: pathlib.Path) -> Iterator[tuple[str, str]]:
@@ -188,6 +203,7 @@ def _raw_archive(file: pathlib.Path) -> Iterator[tuple[str, str]]:
         with tarfile.open(file) as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xyz"):
+                    _check_size(f"{file}:{member.name}", member.size)
                     yield f"{file}:{member.name}", archive.extractfile(member).read().decode()
     except (tarfile.TarError, EOFError, OSError, UnicodeDecodeError) as error:
         raise UserError(

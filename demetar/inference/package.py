@@ -159,13 +159,15 @@ def _check_size(where: pathlib.Path, file: str, size: int, largest: int) -> None
 def _opened(name: str, where: pathlib.Path, files: dict[str, bytes]) -> Package:
     try:
         card = json.loads(files[CARD])
-        version, expected = card["format"], card["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        version, expected = card["format"], str(card["weights_sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: {CARD} is no card of a model ({error!r}).") from error
     if version != FORMAT:
+        versions = card.get("versions")
+        writer = versions.get("demetar") if isinstance(versions, dict) else None
         raise UserError(
             f"{where} has format {version}, and this demetar reads format {FORMAT}: use the "
-            f"version that wrote it, {card.get('versions', {}).get('demetar', 'unknown')}."
+            f"version that wrote it, {writer or 'unknown'}."
         )
     found = hashlib.sha256(files[WEIGHTS]).hexdigest()
     if found != expected:
