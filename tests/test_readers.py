@@ -755,3 +755,19 @@ def test_damage_that_only_a_fuzzer_finds(tmp_path):
     for name in ("a.npz", "a.h5", "a.parquet", "negative.xyz"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             list(read_rows(tmp_path / name))
+
+
+def test_a_file_that_claims_a_huge_molecule_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    few = np.zeros((1, 70_000, 3), np.uint8)
+    np.savez_compressed(tmp_path / "padded.npz", numbers=few[..., 0], positions=few)
+    many = np.zeros((600_000, 3), np.uint8)
+    flat = {"numbers": many[:, 0], "positions": many, "num_atoms": [600_000]}
+    np.savez_compressed(tmp_path / "flat.npz", **flat)
+    for name, said in (("padded", "with at most 65535 atoms"), ("flat", "has 600000 atoms")):
+        with pytest.raises(UserError, match=said):
+            list(read_rows(tmp_path / f"{name}.npz"))
+    positions = np.arange(90.0).reshape(5, 6, 3)
+    np.savez(tmp_path / "m.npz", numbers=np.ones((5, 6), int), positions=positions)
+    monkeypatch.setattr(readers.members, "_ATOMS", 13)  # two molecules at a time
+    rows = list(read_rows(tmp_path / "m.npz"))
+    np.testing.assert_array_equal([row.positions for row in rows], positions)

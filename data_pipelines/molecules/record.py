@@ -25,6 +25,8 @@ STATUSES = (
 )
 
 
+MAX_NODES = 65_535  # numbers of nodes are 16 bits wide in bonds and edges
+
 BLANK = ("", "nan", "na", "n/a", "none", "null")  # what a missing label is written as
 
 

@@ -16,9 +16,8 @@ from data_pipelines.errors import check_known
 from data_pipelines.molecules.making import chemistry
 from data_pipelines.molecules.making.chemistry import Refused, rdkit
 from data_pipelines.molecules.making.geometry import GEOMETRIES, make_positions
-from data_pipelines.molecules.record import Molecule, Refusal, Row
+from data_pipelines.molecules.record import MAX_NODES, Molecule, Refusal, Row
 
-MAX_NODES = 65_535  # numbers of nodes are 16 bits wide in bonds and edges
 _MAX_CHARGE = 99
 _MAX_ATOMS_OF_SMILES = 2_000  # reading hydrogens off a geometry takes all pairs
 _TOLERANCE = 1.2  # of the sum of radii, for bonds by distance

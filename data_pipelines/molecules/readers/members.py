@@ -15,14 +15,14 @@ import numpy as np
 
 from data_pipelines.errors import UserError
 from data_pipelines.molecules.readers.fields import VECTORS, charge_and_multiplicity, plain
-from data_pipelines.molecules.record import Row
+from data_pipelines.molecules.record import MAX_NODES, Row
 
 # As ase, AIMNet2, torchmd-net, ANI, SPICE, sGDML and rMD17 call them.
 NUMBERS = ("numbers", "atomic_numbers", "z", "Z", "types", "species", "nuclear_charges")
 POSITIONS = ("positions", "R", "coordinates", "coord", "coords", "pos", "conformations")
 _OFFSETS = ("offsets", "offset", "node_offset", "ptr")
 _SIZES = ("num_atoms", "n_atoms", "natoms", "sizes", "N")
-_CHUNK = 1024  # molecules in memory
+_CHUNK, _ATOMS = 1_024, 1 << 19  # molecules and slots for atoms in memory, at most
 
 
 class Member(abc.ABC):
@@ -80,8 +80,10 @@ def rows(members: dict[str, Member], first: int, where: str, scale: float = 1.0)
     shared = {n: members[n].all() for n, kind in kinds.of.items() if kind.startswith("shared")}
     fixed = _numbers(members[kinds.numbers].all()) if kinds.fixed_numbers else None
     sizes = kinds.sizes()
-    for start in range(0, kinds.count, _CHUNK):
-        length = min(_CHUNK, kinds.count - start)
+    largest = kinds.width if sizes is None else int(sizes.max(initial=1))
+    chunk = max(1, min(_CHUNK, _ATOMS // max(largest, 1)))
+    for start in range(0, kinds.count, chunk):
+        length = min(chunk, kinds.count - start)
         sizes_g = sizes[start : start + length] if sizes is not None else None
         atoms = int(sizes_g.sum()) if sizes_g is not None else length
         positions = np.asarray(members[kinds.positions].take(atoms), np.float64) * scale
@@ -153,6 +155,8 @@ class _Kinds:
             )
         self.count = count(members)
         self.width = shape[0] if self.flat else shape[1]
+        if not self.flat and self.width > MAX_NODES:
+            self._refuse(self.positions, f"[G, N, 3] with at most {MAX_NODES} atoms")
         found = members[self.numbers].shape
         self.fixed_numbers = not self.flat and found == (self.width,)
         if found != ((shape[0],) if self.flat else shape[:2]) and not self.fixed_numbers:
@@ -172,6 +176,11 @@ class _Kinds:
             if offset[0] != 0:
                 raise UserError(f"{self._where}: {self.offsets} begins with {offset[0]}, not 0.")
             sizes = np.diff(offset)
+        if sizes.max(initial=0) > _ATOMS:  # it would have to be in memory to be refused alone
+            raise UserError(
+                f"{self._where}: molecule {sizes.argmax() + 1} has {sizes.max()} atoms, and at "
+                f"most {MAX_NODES} go: leave it out."
+            )
         if sizes.min(initial=0) < 0 or sizes.sum() != self.width:
             raise UserError(
                 f"{self._where}: {self.offsets or self._sizes} is about {sizes.sum()} atoms, but "
