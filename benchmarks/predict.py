@@ -37,7 +37,7 @@ from demetar.training.provenance import git_commit
 
 SMOKE = bool(os.environ.get("SMOKE"))
 BLOCKS = 200 if SMOKE else 4_000  # different molecules
-_PREPARED = 2_000 if SMOKE else 40_000  # rows that are prepared
+_PREPARED = 2_000 if SMOKE else 100_000  # rows that are prepared
 _SECONDS = 0.2 if SMOKE else 4.0  # of a turn of the forward pass
 
 
