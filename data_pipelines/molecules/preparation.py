@@ -33,6 +33,7 @@ from data_pipelines.prepared import default_cache_dir, prepare, write, write_par
 
 _PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
 ROWS_OF_A_PART = 2_048
+_ROWS_OF_A_BLOCK = 64  # that a worker gets at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +128,18 @@ def _file_sha256(path: str) -> str:
         ) from error
 
 
-# --- one row, in a worker ------------------------------------------------------------------------
+# --- some rows, in a worker ----------------------------------------------------------------------
 
 
-def _prepare_row(request: Request, parsers: tuple, item: tuple[int, Row]) -> dict:
-    """What a part keeps of a row: a refusal, or a molecule with its labels and keys."""
-    source, row = item
-    row = parsers[source](row)
+def _prepare_rows(request: Request, parsers: tuple, items: list[tuple[int, Row]]) -> list[dict]:
+    """What a part keeps of each row."""
+    # All are parsed, then all are made: the code stays in the caches.
+    parsed = [(source, parsers[source](row)) for source, row in items]
+    return [_prepare_row(request, source, row) for source, row in parsed]
+
+
+def _prepare_row(request: Request, source: int, row: Row) -> dict:
+    """A refusal, or a molecule with its labels and keys."""
     labels = np.array([_label(row, column) for column in request.targets])
     made = make_molecule(row, request.geometry)
     node_labels = {
@@ -182,12 +188,15 @@ def _label(row: Row, column: Column) -> float:
 
 
 def _build(request: Request, hashes: list[str], parts: pathlib.Path, folder: pathlib.Path) -> None:
-    make_row = functools.partial(
-        _prepare_row, request, tuple(readers.parser(path) for path in request.paths)
+    make_rows = functools.partial(
+        _prepare_rows, request, tuple(readers.parser(path) for path in request.paths)
     )
 
     def make(done: int) -> Iterator[dict]:
-        return map_rows(make_row, itertools.islice(_rows(request), done, None))
+        rows = itertools.islice(_rows(request), done, None)
+        blocks = iter(lambda: list(itertools.islice(rows, _ROWS_OF_A_BLOCK)), [])
+        for made in map_rows(make_rows, blocks, chunk=1):
+            yield from made
 
     def pack(start: int, chunk: list[dict]) -> dict[str, np.ndarray]:
         return columns_of_part(request.targets, chunk, start + 1)
