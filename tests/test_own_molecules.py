@@ -250,6 +250,7 @@ def test_a_label_that_is_no_number_names_its_row(molecules, tmp_path, here, cell
 def test_a_preparation_that_was_killed_goes_on(extxyz, tmp_path, here, monkeypatch):
     whole = load(extxyz, tmp_path / "whole")
     monkeypatch.setattr(preparation, "ROWS_OF_A_PART", 16)
+    monkeypatch.setattr(preparation, "_ROWS_OF_A_BLOCK", 8)
     make, made = preparation.make_molecule, []
 
     def dies(row, geometry):  # in the place of a signal: this process must live
