@@ -156,7 +156,9 @@ def _fuzz_here(name: str, inputs: int, corpus: str) -> None:
 
     suffix, _, read = READERS[name]
     with atheris.instrument_imports(include=["data_pipelines", "demetar"]):
-        import demetar.config.stored
+        import data_pipelines.molecules.readers  # noqa: F401
+        import data_pipelines.qm9.sources  # noqa: F401
+        import demetar.config.stored  # noqa: F401
         import demetar.inference.package  # noqa: F401
     from data_pipelines.errors import UserError
 

@@ -33,8 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="ls|verify|diff|prune")
 
     def add(name: str, run, about: str, *folders: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command = command_line.add_command(commands, name, run, about)
         for folder in folders:
             command.add_argument(
                 folder, type=pathlib.Path, metavar="DIR", help="workdir of a run, or a checkpoint"

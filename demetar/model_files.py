@@ -10,6 +10,7 @@ MODEL is a name that ships, a folder, or a zip.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import sys
@@ -30,12 +31,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.make_parser("models", __doc__)
     commands = parser.add_subparsers(required=True, metavar="ls|show|verify|save|export")
-
-    def add(name: str, run, about: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
-        command.set_defaults(run=run)
-        return command
-
+    add = functools.partial(command_line.add_command, commands)
     add("ls", _list, "what ships with this package")
     for name, run, about in (
         ("show", _show, "what a model is, as JSON"),

@@ -304,6 +304,12 @@ def test_a_url_is_no_path():
         parse("--config=qm9:smoke", "--config.data.cache_dir=gs://bucket/run")
 
 
+def test_a_licence_may_be_an_address():
+    parser = command_line.make_parser("models", "")
+    parser.add_argument("--licence")
+    assert command_line.parse(parser, ["--licence=https://a.org/by"]).licence == "https://a.org/by"
+
+
 def test_a_folder_whose_checkpoints_orbax_could_not_restore(tmp_path):
     for name in ("[x]", "a*", "a?"):
         with pytest.raises(UserError, match=r"Choose another --workdir"):

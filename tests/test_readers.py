@@ -759,6 +759,7 @@ def test_damage_that_only_a_fuzzer_finds(tmp_path):
 
 def test_a_file_that_claims_a_huge_molecule_is_refused_before_it_is_read(tmp_path, monkeypatch):
     few = np.zeros((1, 70_000, 3), np.uint8)
+    few = np.asfortranarray(few)  # such an array is read whole, so not too early
     np.savez_compressed(tmp_path / "padded.npz", numbers=few[..., 0], positions=few)
     many = np.zeros((600_000, 3), np.uint8)
     flat = {"numbers": many[:, 0], "positions": many, "num_atoms": [600_000]}
@@ -769,5 +770,10 @@ def test_a_file_that_claims_a_huge_molecule_is_refused_before_it_is_read(tmp_pat
     positions = np.arange(90.0).reshape(5, 6, 3)
     np.savez(tmp_path / "m.npz", numbers=np.ones((5, 6), int), positions=positions)
     monkeypatch.setattr(readers.members, "_ATOMS", 13)  # two molecules at a time
+    take, taken = readers.npz._Stored.take, []
+    monkeypatch.setattr(
+        readers.npz._Stored, "take", lambda self, n: taken.append(n) or take(self, n)
+    )
     rows = list(read_rows(tmp_path / "m.npz"))
+    assert max(taken) == 2
     np.testing.assert_array_equal([row.positions for row in rows], positions)

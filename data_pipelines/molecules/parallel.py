@@ -19,6 +19,7 @@ from data_pipelines.errors import UserError
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
+_AT_LEAST = 3  # chunks for each process
 _DEATHS = 3  # of workers while no chunk gets done; then something is wrong with the items
 
 
@@ -27,7 +28,7 @@ def map_rows(
     items: Iterable[Item],
     processes: int = 0,
     chunk: int = 64,
-    ahead: int = 3,
+    ahead: int = 0,
 ) -> Iterator[Made]:
     """`function` of each item, in the order of the items.
 
@@ -37,11 +38,11 @@ def map_rows(
 
     Args:
       function: pure, and importable by its name (or a `functools.partial` of such).
-      items: read lazily: at most `ahead` chunks for each process are in memory.
+      items: read lazily: at most `ahead` chunks are in memory.
       processes: 0 for one on each core that this process may use; 1 for none beside this.
       chunk: items that go to a worker at once.
-      ahead: one chunk at work, the others so that no process waits: many where the consumer takes
-        its time, and then many at once.
+      ahead: at least three for each process: one at work, the others so that none waits. More
+        where the consumer takes its time, and then many at once.
 
     Raises:
       UserError: workers died again and again at the same chunks.
@@ -56,10 +57,11 @@ def map_rows(
         return
     waiting: collections.deque[tuple[int, list, Future]] = collections.deque()
     deaths = number = 0
+    ahead = max(ahead, _AT_LEAST * processes)
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(_pool(processes))
         while True:
-            while len(waiting) < ahead * processes and (rows := next(chunks, None)):
+            while len(waiting) < ahead and (rows := next(chunks, None)):
                 waiting.append((number, rows, _submit(pool, function, rows)))
                 number += len(rows)
             if not waiting:

@@ -25,6 +25,7 @@ from demetar.config import defaults
 _PACKAGE = pathlib.Path(__file__).parents[1]
 # Of an installed package; of a checkout.
 _CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+_TEXTS = ("--licence",)  # options that may hold an address, which nothing opens
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _OVERRIDE = re.compile(r"--?(?:no)?config\.(?P<path>[^=]+)(?P<value>=.*)?", re.DOTALL)
 
@@ -69,6 +70,13 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # `--config.a` is no option of argparse
     )
+
+
+def add_command(commands, name: str, run, about: str) -> argparse.ArgumentParser:
+    """The parser of `demetar <command> <name>`, one of `commands`; `options.run` is then `run`."""
+    command = commands.add_parser(name, help=about, description=about, allow_abbrev=False)
+    command.set_defaults(run=run)
+    return command
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -121,7 +129,7 @@ def _with_local_paths(arguments: Iterable[str]) -> list[str]:
     found = []
     for token in arguments:
         option, equals, value = token.partition("=") if token.startswith("--") else ("", "", token)
-        if _URL.match(value):
+        if _URL.match(value) and option not in _TEXTS:
             raise UserError(
                 f"{token}: files and folders must be on this machine, and {value} is a URL. Mount "
                 "it and give the path, or copy it here."

@@ -35,7 +35,7 @@ from demetar.job.place import Place
 
 ROWS_OF_A_CHUNK = 8_192
 _ROWS_OF_A_BLOCK = 64  # that a worker gets at once
-_BLOCKS_AHEAD = 64  # of each worker, made while the devices compute
+_BLOCKS_AHEAD = ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while the devices compute
 _LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")

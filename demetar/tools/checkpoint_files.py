@@ -13,7 +13,7 @@ from data_pipelines.errors import UserError
 from demetar.config import stored
 from demetar.job.watch import at_work
 from demetar.tools.planner import size_text
-from demetar.training.checkpoints import Saved, read_arrays, read_meta, saved
+from demetar.training.checkpoints import Saved, read_arrays, read_meta, saved, size_of
 from demetar.training.progress import Progress
 
 _UNFINISHED = "*.orbax-checkpoint-tmp*"  # what Orbax calls a folder until the save is committed
@@ -207,16 +207,12 @@ def plan_pruning(workdir: pathlib.Path, keep_last: int | None) -> Pruning:
         else:
             remove.append((one.folder, one.size, "neither among the newest nor the best"))
     for folder in sorted((workdir / "checkpoints").glob(_UNFINISHED)):
-        remove.append((folder, _size(folder), "a save that was cut off"))
+        remove.append((folder, size_of(folder), "a save that was cut off"))
     for folder in sorted((workdir / "damaged").glob("*")):
-        remove.append((folder, _size(folder), "was set aside"))
+        remove.append((folder, size_of(folder), "was set aside"))
     return Pruning(keep, remove)
 
 
 def _keep_last(whole: list[Saved]) -> int:
     identity, _ = read_meta(whole[-1].folder)
     return stored.from_json(identity["config"]).checkpoint.keep_last
-
-
-def _size(folder: pathlib.Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

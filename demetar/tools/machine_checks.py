@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from importlib import metadata
 
 import jax
 
@@ -23,8 +22,8 @@ from demetar.job import place
 from demetar.job.watch import at_work
 from demetar.tools.planner import size_text
 from demetar.training import runtime
+from demetar.training.provenance import packages
 
-_PACKAGES = ("demetar", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SCHEDULERS = ("SLURM_", "OMPI_COMM_WORLD_", "JAX_", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_")
 _SCHEDULERS += ("TPU_", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "NCCL_")
 _SHOWN = 12  # variables
@@ -77,11 +76,9 @@ def first_line(error: BaseException) -> str:
 
 
 def versions() -> Finding:
-    found = [f"Python {platform.python_version()}"]
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found.append(f"{name} {metadata.version(name)}")
-    return ok("versions", f"{', '.join(found)}; {platform.platform()}")
+    found = {"Python": platform.python_version()} | packages()
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    return ok("versions", f"{text}; {platform.platform()}")
 
 
 def scheduler(given: tuple, environ: Mapping[str, str] = os.environ) -> tuple[int, list[Finding]]:

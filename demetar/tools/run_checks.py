@@ -13,7 +13,6 @@ import numpy as np
 from data_pipelines.errors import UserError
 from demetar.config import stored
 from demetar.job.failures import check_progress
-from demetar.records.files import read_json
 from demetar.records.log import duration
 from demetar.speed import flops
 from demetar.tools.machine_checks import (
@@ -26,7 +25,7 @@ from demetar.tools.machine_checks import (
     warning,
 )
 from demetar.tools.planner import memory_of, size_text
-from demetar.training.checkpoints import check_name, saved
+from demetar.training.checkpoints import check_name, saved, state_bytes
 from demetar.training.experiment import Experiment, build_experiment
 from demetar.training.trainer import Trainer
 
@@ -78,15 +77,9 @@ def _data(experiment: Experiment, seconds: float) -> Finding:
     )
 
 
-def checkpoint_bytes(experiment: Experiment) -> int:
-    """Of the whole state on the disk; Orbax compresses it, by an unknown part."""
-    leaves = jax.tree.leaves(experiment.abstract_state())
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-
-
 def _space(experiment: Experiment, workdir: pathlib.Path) -> Finding:
     keep = experiment.config.checkpoint.keep_last
-    size, free = checkpoint_bytes(experiment), shutil.disk_usage(existing(workdir)).free
+    size, free = state_bytes(experiment.abstract_state()), shutil.disk_usage(existing(workdir)).free
     needed = (keep + 2) * size + _BESIDE  # the newest, the best, the one that is being written
     text = (
         f"{size_text(free)} free for {workdir}; {keep + 2} checkpoints of {size_text(size)} and "
@@ -120,7 +113,8 @@ def _earlier_run(
         return
     try:
         if found and processes == 1 and (workdir / "config.json").exists():
-            stored.check_same_run(read_json(workdir / "config.json"), experiment.identity, workdir)
+            identity = stored.read_identity(workdir / "config.json")
+            stored.check_same_run(identity, experiment.identity, workdir)
         check_progress(workdir, max(whole, default=0))
         finished = (workdir / "result.json").exists()
     except UserError as error:

@@ -126,7 +126,7 @@ class Checkpoints:
 
         With one and room for another a run can go on: an old one goes when a new one is whole.
         """
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+        size = state_bytes(abstract_state)
         wanted = size * max(1, 2 - len(self._manager.all_steps()))
         free = shutil.disk_usage(self._folder).free
         if free < wanted:
@@ -206,6 +206,16 @@ class Saved:
     wrong: str | None
 
 
+def state_bytes(abstract_state) -> int:
+    """Of a whole state; Orbax compresses it, by an unknown part."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+
+
+def size_of(folder: pathlib.Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def saved(workdir: pathlib.Path) -> list[Saved]:
     """The checkpoints of a run, the oldest first, compared with their manifests.
 
@@ -218,7 +228,7 @@ def saved(workdir: pathlib.Path) -> list[Saved]:
         if not (folder.name.isdecimal() and folder.is_dir()):
             continue
         try:
-            size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+            size = size_of(folder)
             wrong = _what_is_wrong(folder)
         except OSError as error:
             if not folder.exists():

@@ -145,11 +145,9 @@ class Evaluator:
             batch = sharding.to_devices(batch, mesh, batch_size)
             asked = bool(self._job.interruption.requested)
             outputs.append(self.step(params, bucket, batch, asked))
-        outcome = self._outcome(plan, outputs)
-        _check_finite(outcome, part)
-        return outcome
+        return self._outcome(plan, outputs, part)
 
-    def _outcome(self, plan: BatchPlan, outputs: list) -> Outcome:
+    def _outcome(self, plan: BatchPlan, outputs: list, part: str) -> Outcome:
         """Joins what the batches gave, in float64 and reported units."""
         experiment = self._experiment
         targets, normalizations = experiment.objective.targets, experiment.normalizations
@@ -187,14 +185,15 @@ class Evaluator:
             predictions=restored,
             normalizations=normalizations,
         )
-        for k, target in enumerate(targets):
-            outcome.graph_errors[~_labelled(outcome, target), k] = np.nan
+        labelled_gxT = np.stack([_labelled(outcome, target) for target in targets], axis=1)
+        outcome.graph_errors[~labelled_gxT] = 0  # may be anything, and is none
+        _check_finite(outcome, part)
+        outcome.graph_errors[~labelled_gxT] = np.nan
         return outcome
 
 
 def _check_finite(outcome: Outcome, part: str) -> None:
-    labelled_gxT = np.stack([_labelled(outcome, target) for target in outcome.targets], axis=1)
-    bad_g = (labelled_gxT & ~np.isfinite(outcome.graph_errors)).any(axis=1)
+    bad_g = ~np.isfinite(outcome.graph_errors).all(axis=1)
     if bad_g.any():
         dataset, count = outcome.dataset, int(bad_g.sum())
         named = ", ".join(map(str, dataset.arrays.index[outcome.graphs[bad_g][:16]]))

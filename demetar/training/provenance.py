@@ -1,5 +1,6 @@
 """Which code, packages and machine made a result: each fact is true or absent."""
 
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -16,7 +17,7 @@ def provenance() -> dict:
     return {
         "git_commit": git_commit(),
         "code_sha256": code_sha256(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": packages(),
         "processor": processor(),
     }
 
@@ -38,8 +39,10 @@ def git_commit(file: pathlib.Path = pathlib.Path(__file__)) -> str | None:
     return done.stdout.strip() or None if tracked.returncode == 0 else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def packages() -> dict[str, str]:
+    """Name -> version of what a run depends on, as far as it is installed."""
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -61,7 +61,7 @@ class _Stored(members.Member):
                 if version == (1, 0)
                 else headers.read_array_header_2_0
             )
-            self.shape, fortran, self.dtype = read_header(self._stream)
+            self.shape, self._fortran, self.dtype = read_header(self._stream)
             self._left = archive.getinfo(name).file_size - self._stream.tell()
         except Exception as error:  # of damaged bytes zipfile and NumPy raise almost anything
             raise Damaged(f"{name}: {error}") from error
@@ -72,14 +72,13 @@ class _Stored(members.Member):
                 f"{path}: {name} holds Python objects, which only unpickling could read, and that "
                 "would execute what is in the file. Save it as an array of numbers or of text."
             )
-        self._name, self._whole = name, None
-        if fortran and len(self.shape) > 1:  # its rows do not lie together
-            self._whole = self._read(self.shape[::-1]).T
-        self._taken = 0
+        self._name, self._whole, self._taken = name, None, 0
 
     def take(self, count: int) -> np.ndarray:
-        if self._whole is None:
+        if not self._fortran or len(self.shape) < 2:
             return self._read((count, *self.shape[1:]))
+        if self._whole is None:  # its rows do not lie together
+            self._whole = self._read(self.shape[::-1]).T
         self._taken += count
         return self._whole[self._taken - count : self._taken]
 

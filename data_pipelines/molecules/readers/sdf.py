@@ -77,7 +77,7 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
 
 def _cut(text: str) -> list[str]:
     """Whole records, and last what no `$$$$` ends; the lines that begin so are left out."""
-    *records, last = f"\n{text}".split("\n$$$$")  # seven times as fast as an expression
+    *records, last = f"\n{text}".split("\n$$$$")  # an expression is slower
     return [f"{piece}\n".partition("\n")[2] for piece in records] + [last.partition("\n")[2]]
 
 

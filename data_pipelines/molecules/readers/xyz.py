@@ -16,7 +16,8 @@ from data_pipelines.molecules.readers.fields import Damaged, clean, open_text, u
 from data_pipelines.molecules.record import Refusal, Row
 
 _SHOWN = 30  # characters of a line in a message
-_COUNTS = re.compile(r":[RILS]:(\d+)")  # numbers of columns, in Properties of extended xyz
+_PROPERTIES = re.compile(r'Properties="?([^\s"]+)')  # of extended xyz: name:type:columns:...
+_COLUMNS = re.compile(r":[RILS]:(\d+)")
 
 
 def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
@@ -118,7 +119,7 @@ def _read_atoms(text: str):
         found.info = {"comment": comment.strip()} if comment.strip() else {}
         return found
     # ase prepares as many columns as are claimed, before it looks at the lines.
-    claimed = sum(int(count) for count in _COUNTS.findall(comment))
+    claimed = sum(map(int, _COLUMNS.findall(" ".join(_PROPERTIES.findall(comment)))))
     if claimed > (there := len(atoms.partition("\n")[0].split())):
         raise ValueError(f"Properties names {claimed} columns, and the first atom has {there}")
     found = ase.io.read(io.StringIO(text), index=0, format="extxyz")
