@@ -752,6 +752,12 @@ def test_damage_that_only_a_fuzzer_finds(tmp_path):
     (row,) = read_rows(tmp_path / "a.xyz")
     assert "Properties names 900000001 columns, and the first atom has 4" in row.refusal.message
     (tmp_path / "negative.xyz").write_text("-5\n")
+    with h5py.File(tmp_path / "circle.h5", "w") as file:
+        group = file.create_group("CH")
+        for name, values in atoms.items():
+            group[name] = values
+        file["CH/again"] = group
+    assert len(list(read_rows(tmp_path / "circle.h5"))) == 1
     for name in ("a.npz", "a.h5", "a.parquet", "negative.xyz"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             list(read_rows(tmp_path / name))

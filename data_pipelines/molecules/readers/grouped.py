@@ -61,10 +61,13 @@ def _open(path: pathlib.Path) -> Iterator:
 
 
 def _groups(file, path: pathlib.Path) -> Iterator:
-    """All groups with positions."""
-    waiting, found = [file], False
+    """All groups with positions, each once."""
+    waiting, found, seen = [file], False, set()
     while waiting:
         group = waiting.pop()
+        if group in seen:  # links may lead in a circle
+            continue
+        seen.add(group)
         if any(name in group for name in members.POSITIONS):
             found = True
             yield group
