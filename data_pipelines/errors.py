@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 
 
 class UserError(Exception):
@@ -17,8 +18,13 @@ _REMEDIES = {
     errno.EDQUOT: "Free some of your quota",
     errno.EROFS: "Choose a folder that can be written",
     errno.EACCES: "Choose a folder that you may write, or ask for the permission",
+    errno.EIO: "Look at the disk (dmesg) or choose another folder",
     errno.EMFILE: "Allow more open files (ulimit -n)",
 }
+
+
+# TensorStore adds pages of it to every error.
+_SPECIFICATION = re.compile(r" \[(tensorstore_spec|source locations)=.*?'\]")
 
 
 def machine_fault(error: BaseException | None) -> str | None:
@@ -29,7 +35,8 @@ def machine_fault(error: BaseException | None) -> str | None:
     while error is not None:
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
-                return f"{str(error).splitlines()[-1]}. {remedy}, and give the same command again."
+                said = _SPECIFICATION.sub("", str(error).splitlines()[-1])
+                return f"{said}. {remedy}, and give the same command again."
         error = error.__cause__ or error.__context__
     return None
 

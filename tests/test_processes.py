@@ -40,7 +40,7 @@ def start(runner, monkeypatch):
 
     def start(workdir, count=2, *more, fault="", config=SMALLEST):
         monkeypatch.setenv("DEMETAR_FAULT", fault)
-        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "faults") if fault else "")
+        monkeypatch.setenv("PYTHONPATH", HOOK if fault else "")
         arguments = [
             f"--workdir={workdir}",
             *runner.flags(config),

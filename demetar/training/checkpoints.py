@@ -106,7 +106,10 @@ class Checkpoints:
         for folder in sorted(self._folder.iterdir()):
             if not (folder.name.isdigit() and folder.is_dir()):
                 continue
-            reason = _what_is_wrong(folder)
+            try:
+                reason = _what_is_wrong(folder)
+            except OSError as error:  # of the disk: what is set aside may be read another day
+                reason = f"it cannot be read: {error}"
             if reason is None:
                 continue
             damaged |= (folder / _MANIFEST).exists()
@@ -326,6 +329,8 @@ def _what_is_wrong(folder: pathlib.Path) -> str | None:
         return f"its manifest cannot be read: {error}"
     found = _files(folder)
     for name, facts in expected.items():
+        if (folder / name).is_symlink():  # what it points to may change after it was looked at
+            return f"{name} is a link"
         if name not in found:
             return f"missing file {name}"
         if found[name] != facts:
