@@ -23,6 +23,10 @@ _REMEDIES = {
 }
 
 
+_LESS_MEMORY = (
+    "Raise config.mesh.fsdp, or, with another --workdir, raise config.train.accumulation or halve "
+    "config.data.batch_size and config.data.eval_batch_size"
+)
 # TensorStore adds pages of it to every error.
 _SPECIFICATION = re.compile(r" \[(tensorstore_spec|source locations)=.*?'\]")
 
@@ -33,6 +37,9 @@ def machine_fault(error: BaseException | None) -> str | None:
     Libraries in C++ give the system's words in an error of their own: those are looked for too.
     """
     while error is not None:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            said = str(error).partition("\n")[0] or "There is no memory left"
+            return f"{said}. {_LESS_MEMORY}, and give the same command again."
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 said = _SPECIFICATION.sub("", str(error).splitlines()[-1])

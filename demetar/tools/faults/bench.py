@@ -5,6 +5,8 @@ import os
 import pathlib
 import shutil
 import subprocess
+import threading
+import time
 from collections.abc import Callable
 
 from demetar.tools import resume_check
@@ -56,6 +58,27 @@ class Check:
     text: str
 
 
+class Pulse:
+    """Whether all of this stood still, as a machine that sleeps: then its times mean nothing."""
+
+    def __init__(self):
+        self._longest = 0.0
+        threading.Thread(target=self._beat, daemon=True, name="pulse").start()
+
+    def _beat(self) -> None:
+        last = time.monotonic()
+        while True:
+            time.sleep(0.2)
+            now = time.monotonic()
+            self._longest, last = max(self._longest, now - last), now
+
+    def stood_still(self) -> float:
+        """The longest time without a beat since this was asked last; seconds."""
+        time.sleep(0.5)  # the beat after a long silence
+        longest, self._longest = self._longest, 0.0
+        return longest
+
+
 class Bench:
     """What all scenes share: a folder, the cache of prepared data and programs, undisturbed runs.
 
@@ -93,6 +116,7 @@ class Bench:
         """The folder of a run of `count` processes that nobody disturbed; made once."""
         if (count, flags) not in self._undisturbed:
             workdir = self.folder / f"undisturbed-{len(self._undisturbed)}"
+            shutil.rmtree(workdir, ignore_errors=True)  # of one that was cut off
             job = LocalJob(
                 [*self.flags(workdir), *flags], count, quiet=True, environment=self.environment()
             )

@@ -134,7 +134,7 @@ def odd_xyz(scene: Scene) -> None:
     for variant in (text.replace("\n", "\r\n"), exponent, text + "\n\n"):
         found = parse_raw_xyz(variant, "x")
         same = found.positions.tolist() == wanted.positions.tolist()
-        scene.check("finite", same and found.smiles == wanted.smiles, "read all the same")
+        scene.check("data", same and found.smiles == wanted.smiles, "read all the same")
     lines = text.rstrip("\n").split("\n")
     for broken in (
         "\n".join(lines[:3] + lines[4:]),  # a line is missing
@@ -191,10 +191,10 @@ def odd_molecules(scene: Scene) -> None:
 
 def wrong_split(scene: Scene) -> None:
     index = characterized_indices()
-    scene.check("finite", (len(index), index[57]) == (130_831, 59), "58 is the first left out")
+    scene.check("data", (len(index), index[57]) == (130_831, 59), "58 is the first left out")
     parts = get_split("dimenet", index)
     together = np.concatenate(list(parts.values()))
-    scene.check("finite", len(np.unique(together)) == len(together) == len(index), "no overlap")
+    scene.check("data", len(np.unique(together)) == len(together) == len(index), "no overlap")
     scene.refuses(get_split, "dimenet", index[:-1], says="hold 130830")
     scene.refuses(get_split, "dimenet", np.append(index[:-1], 133_886), says="others")
     text = _published()

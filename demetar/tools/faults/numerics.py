@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from data_pipelines import batching
-from demetar import faults
 from demetar.config.command_line import load_config
 from demetar.exits import EXIT_FAILED, EXIT_USER_ERROR
 from demetar.tools.faults.bench import Case
@@ -71,7 +70,7 @@ def no_memory(scene: Scene) -> None:
 
 
 def wrong_settings(scene: Scene) -> None:
-    scene.refuses(faults._numbers, "7,99", says="Unknown fault of --only '99'")
+    scene.command("faults", "--only=7,99", code=EXIT_USER_ERROR, says="fault of --only '99'")
     for flag, says in (
         ("--config.optim.learning_rat=1", "Did you mean config.optim.learning_rate"),
         ("--config.train.num_steps=many", "must be a whole number"),

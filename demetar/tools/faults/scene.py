@@ -285,7 +285,7 @@ class Scene:
         for one in saved(self.run):
             leaves = jax.tree.leaves(read_arrays(one.folder))
             good = all(np.isfinite(leaf).all() for leaf in leaves)
-            self.check("finite", good, f"checkpoint {one.step}")
+            self.check("files", good, f"checkpoint {one.step} is finite")
 
 
 def said(job: LocalJob, workdir: pathlib.Path) -> str:
