@@ -37,13 +37,13 @@ def machine_fault(error: BaseException | None) -> str | None:
     Libraries in C++ give the system's words in an error of their own: those are looked for too.
     """
     while error is not None:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            said = str(error).partition("\n")[0] or "There is no memory left"
-            return f"{said}. {_LESS_MEMORY}, and give the same command again."
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 said = _SPECIFICATION.sub("", str(error).splitlines()[-1])
                 return f"{said}. {remedy}, and give the same command again."
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            said = str(error).partition("\n")[0] or "There is no memory left"
+            return f"{said}. {_LESS_MEMORY}, and give the same command again."
         error = error.__cause__ or error.__context__
     return None
 

@@ -20,7 +20,7 @@ from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
 from demetar.records.log import duration, say
 from demetar.tools.faults import CASES, page
-from demetar.tools.faults.bench import LOST, Bench, Pulse
+from demetar.tools.faults.bench import LOST, Bench
 from demetar.tools.faults.scene import perform
 
 _STILL = 3.0  # seconds; a process that others wait for is lost after five
@@ -36,11 +36,12 @@ def _numbers(text: str) -> list[int]:
 
 def run(numbers: list[int], folder: pathlib.Path) -> list[dict]:
     """Makes these faults, one after the other; a line for each says what came of it."""
-    bench, rows, began, pulse = Bench(folder), [], time.monotonic(), Pulse()
+    bench, rows, began = Bench(folder), [], time.monotonic()
     for done, number in enumerate(numbers, 1):
         while True:
             row = perform(CASES[number], bench)
-            if (silent := pulse.stood_still()) < _STILL:
+            silent = bench.clock.stood_still()
+            if row["verdict"] != LOST or silent < _STILL:
                 break
             say(f"All of this stood still for {silent:.0f} s during fault {number}: made again.")
         rows.append(row)

@@ -128,8 +128,16 @@ def test_the_command_ends_with_1_if_one_is_lost(bench, monkeypatch, capsys):
         monkeypatch.setattr(faults, "run", lambda numbers, folder, row=row: [row])
         assert faults.main(["--only=7"]) == code
         found = json.loads(capsys.readouterr().out)
-        assert found["counts"][verdict] == 1 and found["command"].endswith("--only=7")
+        assert found["counts"][verdict] == 1 and found["commands"][0].endswith("--only=7")
         assert f"**{verdict}**" in page.text(found)
+
+
+def test_rows_of_one_commit_are_joined_and_others_are_not():
+    rows = [{"number": n, "verdict": SURVIVED} for n in (1, 2)]
+    first, second = (page.facts([row], [f"--only={row['number']}"]) for row in rows)
+    both = page.joined(first, second)
+    assert both["rows"] == rows and both["counts"][SURVIVED] == len(both["commands"]) == 2
+    assert page.joined(first | {"commit": "another"}, second) == second
 
 
 def test_unknown_faults_are_refused(capsys):

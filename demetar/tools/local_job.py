@@ -61,9 +61,9 @@ class LocalJob:
             flags += [f"--process_id={number}", *arguments]  # the caller's own, if any, win
             process = _start(flags, number, count, gpus, prefix, environment or {})
             tail = collections.deque(maxlen=_TAIL)
-            prefix = f"[{number}] " if count > 1 else ""
+            mark = f"[{number}] " if count > 1 else ""
             reader = threading.Thread(
-                target=_copy, args=(process.stdout, tail, None if quiet else prefix), daemon=True
+                target=_copy, args=(process.stdout, tail, None if quiet else mark), daemon=True
             )
             reader.start()
             self.processes.append(process)

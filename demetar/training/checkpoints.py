@@ -323,10 +323,11 @@ def _write_manifest(folder: pathlib.Path) -> None:
 def _what_is_wrong(folder: pathlib.Path) -> str | None:
     try:
         expected = json.loads((folder / _MANIFEST).read_text())["files"]
+        told = {name: (facts["bytes"], facts["sha256"][:12]) for name, facts in expected.items()}
     except FileNotFoundError:
         return "it has no manifest: the save was cut off"
-    except (ValueError, KeyError, OSError) as error:
-        return f"its manifest cannot be read: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return f"its manifest cannot be read: {error!r}"
     found = _files(folder)
     for name, facts in expected.items():
         if (folder / name).is_symlink():  # what it points to may change after it was looked at
@@ -336,7 +337,7 @@ def _what_is_wrong(folder: pathlib.Path) -> str | None:
         if found[name] != facts:
             return (
                 f"{name} has {found[name]['bytes']} bytes with SHA-256 "
-                f"{found[name]['sha256'][:12]}…, its manifest says {facts['bytes']} bytes with "
-                f"{facts['sha256'][:12]}…"
+                f"{found[name]['sha256'][:12]}…, its manifest says {told[name][0]} bytes with "
+                f"{told[name][1]}…"
             )
     return None

@@ -130,7 +130,8 @@ def odd_xyz(scene: Scene) -> None:
     text = _published()
     wanted = parse_raw_xyz(text, "x")
     first = text.split("\n", 1)[0]
-    exponent = text.replace("0.000", "0.000*^0", 1)
+    place = text.split("\n")[2].split("\t")[1]
+    exponent = text.replace(place, f"{place}*^0", 1)
     for variant in (text.replace("\n", "\r\n"), exponent, text + "\n\n"):
         found = parse_raw_xyz(variant, "x")
         same = found.positions.tolist() == wanted.positions.tolist()

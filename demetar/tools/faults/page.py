@@ -4,11 +4,13 @@ import collections
 import pathlib
 
 from data_pipelines.errors import UserError
-from demetar.records.files import write_json
+from demetar.records.files import read_json, write_json
 from demetar.tools.faults.bench import LOST, NOT_MADE, REFUSED, SURVIVED
 from demetar.training.provenance import git_commit, packages, processor
 
 _ROOT = pathlib.Path(__file__).parents[3]
+_JSON = _ROOT / "benchmarks" / "results" / "faults.json"
+_PAGE = _ROOT / "docs" / "results" / "faults.md"
 _WORDS = _ROOT / "benchmarks" / "faults_page.md"  # around the tables
 _LONGEST = 150  # characters of a cell
 _GROUPS = {
@@ -28,24 +30,39 @@ _MEANING = {
 
 def facts(rows: list[dict], arguments: list[str]) -> dict:
     """The rows with what they depend on, as JSON."""
-    counts = collections.Counter(row["verdict"] for row in rows)
     return {
-        "command": " ".join(["python -m demetar.faults", *arguments]),
+        "commands": [" ".join(["python -m demetar.faults", *arguments])],
         "commit": git_commit(),
         "packages": packages(),
         "processor": processor(),
-        "seconds": round(sum(row["seconds"] for row in rows)),
-        "counts": {verdict: counts[verdict] for verdict in _MEANING},
+        "counts": _counts(rows),
         "rows": rows,
     }
 
 
+def _counts(rows: list[dict]) -> dict[str, int]:
+    counts = collections.Counter(row["verdict"] for row in rows)
+    return {verdict: counts[verdict] for verdict in _MEANING}
+
+
+def joined(earlier: dict, found: dict) -> dict:
+    """`found`, with the other rows of `earlier` if one commit on one machine made both."""
+    if any(earlier[key] != found[key] for key in ("commit", "packages", "processor")):
+        return found
+    rows = {row["number"]: row for row in (*earlier["rows"], *found["rows"])}
+    rows = [rows[number] for number in sorted(rows)]
+    commands = list(dict.fromkeys([*earlier["commands"], *found["commands"]]))
+    return found | {"commands": commands, "counts": _counts(rows), "rows": rows}
+
+
 def write(found: dict) -> None:
-    """Writes both files into the checkout."""
+    """Writes both files into the checkout; rows of other faults, of the same commit, stay."""
     if not (_ROOT / "docs" / "results").is_dir():
         raise UserError(f"--page writes into a checkout, and {_ROOT} is none: leave it out.")
-    write_json(_ROOT / "benchmarks" / "results" / "faults.json", found)
-    (_ROOT / "docs" / "results" / "faults.md").write_text(text(found))
+    if _JSON.exists():
+        found = joined(read_json(_JSON), found)
+    write_json(_JSON, found)
+    _PAGE.write_text(text(found))
 
 
 def text(found: dict) -> str:
@@ -57,11 +74,11 @@ def text(found: dict) -> str:
     head = _WORDS.read_text().format(
         total=len(found["rows"]),
         counts=counts,
-        command=found["command"],
+        commands=", ".join(f"`{command}`" for command in found["commands"]),
         commit=found["commit"],
         processor=found["processor"],
         versions=versions,
-        minutes=found["seconds"] / 60,
+        minutes=sum(row["seconds"] for row in found["rows"]) / 60,
     )
     sections = [_section(title, numbers, found) for title, numbers in _GROUPS.items()]
     return "\n".join([head, *sections])

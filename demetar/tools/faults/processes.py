@@ -6,7 +6,7 @@ import signal
 import time
 
 from demetar.exits import EXIT_FAILED, EXIT_LOST, EXIT_NO_PROGRESS, EXIT_PREEMPTED
-from demetar.tools.faults.bench import Case, injecting
+from demetar.tools.faults.bench import WATCHFUL, Case, injecting
 from demetar.tools.faults.scene import Scene
 from demetar.tools.resume_check import logged_step
 
@@ -66,7 +66,7 @@ def in_a_compilation(scene: Scene) -> None:
 def _one_of_two(scene: Scene, victim: int, action: str, says: str) -> None:
     """One process is gone or hangs: the other says which, and ends; the same command goes on."""
     scene.another_run()
-    job = scene.start(2, fault=f"{victim}:batch:7:{action}")
+    job = scene.start(2, *WATCHFUL, fault=f"{victim}:batch:7:{action}")
     scene.wait_until(job, lambda: logged_step(scene.run) >= 5, ended=victim)
     text = scene.end(job, EXIT_LOST, process=1 - victim, says=says, within=_BOUND)
     scene.check("sentence", "Thread 0x" in text, "stacks in the log")
@@ -132,7 +132,8 @@ def asked_twice(scene: Scene) -> None:
 
 
 def too_little_grace(scene: Scene) -> None:
-    slow = injecting("fsync", "delay_enter=1000000:when=75+")  # from the third save on
+    scene.train(1, "--config.checkpoint.stop_at=10", code=EXIT_PREEMPTED)
+    slow = injecting("fsync", "delay_enter=1000000")
     job = scene.start(fault="0:batch:13:SIGTERM", prefix=slow)
     tmp = scene.run / "checkpoints"
     scene.wait_until(job, lambda: any(tmp.glob("1[1-9].orbax-checkpoint-tmp")))
@@ -160,7 +161,7 @@ def started_again(scene: Scene) -> None:
 
 
 def one_ends_late(scene: Scene) -> None:
-    job = scene.start(2, fault="1:end:40:SIGSTOP")
+    job = scene.start(2, *WATCHFUL, fault="1:end:40:SIGSTOP")
     pid = scene.frozen(job, 1)
     time.sleep(3)  # `lost_seconds` is 5
     scene.check("exit code", job.processes[0].poll() is None, "the fast process waits")

@@ -90,7 +90,7 @@ class Scene:
 
     def command(self, module: str, *arguments: str, code: int = 0, says=(), **variables) -> str:
         """Runs another command to its end, which is looked at; returns what it said."""
-        began = time.monotonic()
+        began = self.bench.clock.now()
         done = subprocess.run(
             [sys.executable, "-P", "-m", f"demetar.{module}", *map(str, arguments)],
             env=os.environ | self.bench.environment() | variables,
@@ -99,9 +99,11 @@ class Scene:
             text=True,
             errors="replace",
             cwd=self.folder,
-            timeout=_PATIENCE,
+            timeout=600,
         )
-        self._judge_end([done.returncode], code, done.stdout, says, time.monotonic() - began, 60.0)
+        self._judge_end(
+            [done.returncode], code, done.stdout, says, self.bench.clock.now() - began, 60.0
+        )
         return done.stdout
 
     def another_run(self) -> None:
@@ -139,10 +141,10 @@ class Scene:
         self, job: LocalJob, condition: Callable[[], bool], ended: int | None = None
     ) -> None:
         """Until `condition()`, while all processes of the job run, but for the one that may end."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = self.bench.clock.now() + _PATIENCE
         others = [p for n, p in enumerate(job.processes) if n != ended]
         while not condition():
-            if time.monotonic() > deadline or any(p.poll() is not None for p in others):
+            if self.bench.clock.now() > deadline or any(p.poll() is not None for p in others):
                 raise RuntimeError(f"the moment did not come: {said(job, self.run)[-500:]}")
             time.sleep(0.01)
 
@@ -186,11 +188,11 @@ class Scene:
           within: seconds from now.
           process: that must end so; None: all must.
         """
-        began = time.monotonic()
+        began = self.bench.clock.now()
         awaited = job.processes if process is None else [job.processes[process]]
-        while any(p.poll() is None for p in awaited) and time.monotonic() - began < within:
+        while any(p.poll() is None for p in awaited) and self.bench.clock.now() - began < within:
             time.sleep(0.02)
-        seconds = time.monotonic() - began
+        seconds = self.bench.clock.now() - began
         for child in job.processes:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -277,7 +279,8 @@ class Scene:
             self.check("files", False, f"checkpoints verify: {error}")
         found = {f.name for f in self.run.iterdir() if f.name not in _OF_A_RUN}
         found |= {f.name for f in (self.run / "checkpoints").iterdir() if not f.name.isdecimal()}
-        found |= {f.name for f in self.run.rglob("*tmp*")}
+        aside = self.run / "damaged"
+        found |= {f.name for f in self.run.rglob("*tmp*") if aside not in f.parents}
         self.check("files", found <= set(besides), f"foreign: {sorted(found - set(besides))}")
 
     def check_finite(self) -> None:
@@ -313,7 +316,7 @@ def verdict_of(scene: Scene) -> str:
 
 def perform(case: Case, bench: Bench) -> dict:
     """Makes the fault of a case; returns its row, as JSON."""
-    scene, began = Scene(bench, bench.folder / f"case-{case.number}"), time.monotonic()
+    scene, began = Scene(bench, bench.folder / f"case-{case.number}"), bench.clock.now()
     try:
         case.make(scene)
         verdict = verdict_of(scene)
@@ -333,7 +336,7 @@ def perform(case: Case, bench: Bench) -> dict:
         "wanted": case.wanted,
         "seen": list(dict.fromkeys(scene.seen)),
         "exit_codes": sorted(set(scene.codes)),
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(bench.clock.now() - began, 1),
         "oracles": list(dict.fromkeys(check.oracle for check in scene.checks)),
         "verdict": verdict,
         "failed": failed,

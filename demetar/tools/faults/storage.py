@@ -10,15 +10,13 @@ import shutil
 import signal
 import subprocess
 
-from demetar.exits import EXIT_USER_ERROR
+from demetar.exits import EXIT_PREEMPTED, EXIT_USER_ERROR
 from demetar.records.files import read_jsonl
 from demetar.tools.faults.bench import Case, injecting
 from demetar.tools.faults.scene import Scene
 from demetar.tools.resume_check import logged_step
 from demetar.training.checkpoints import saved
 from demetar.training.progress import Progress
-
-_AFTER_TWO_SAVES = "when=75+"  # one save of the tiny model makes about 34 calls of fsync
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
@@ -67,14 +65,16 @@ def full_disk_at_the_last_save(scene: Scene) -> None:
 
 
 def no_quota(scene: Scene) -> None:
-    prefix = injecting("fsync", f"error=EDQUOT:{_AFTER_TWO_SAVES}")
+    scene.train(1, "--config.checkpoint.stop_at=10", code=EXIT_PREEMPTED)
+    prefix = injecting("fsync", "error=EDQUOT")
     scene.train(prefix=prefix, code=EXIT_USER_ERROR, says="Free some of your quota")
     scene.train()
     scene.ends_the_same()
 
 
 def broken_disk(scene: Scene) -> None:
-    prefix = injecting("fsync", f"error=EIO:{_AFTER_TWO_SAVES}")
+    scene.train(1, "--config.checkpoint.stop_at=10", code=EXIT_PREEMPTED)
+    prefix = injecting("fsync", "error=EIO")
     scene.train(prefix=prefix, code=EXIT_USER_ERROR, says="Input/output error")
     scene.train()
     scene.ends_the_same()
@@ -314,10 +314,10 @@ _BACK = "set aside with the reason; goes on from the one before; the end is the 
 CASES = [
     Case(21, "full disk during a save", "a tmpfs of 4 MB, filled while the process is about to "
          "save", f"names it, code 2, the old checkpoint stays; with room {_AGAIN}", full_disk),
-    Case(22, "quota exceeded during a save", "strace: fsync gives EDQUOT from the third save on",
-         f"as a full disk; {_AGAIN}", no_quota),
-    Case(23, "EIO when writing, when reading", "strace: fsync gives EIO from the third save on; "
-         "reading the largest file of the newest checkpoint gives EIO",
+    Case(22, "quota exceeded during a save", "resumed at step 10 under strace: fsync gives "
+         "EDQUOT", f"as a full disk; {_AGAIN}", no_quota),
+    Case(23, "EIO when writing, when reading", "resumed at step 10 under strace: fsync gives "
+         "EIO; then reading the largest file of the newest checkpoint gives EIO",
          f"code 2, {_AGAIN}; reading: {_BACK}", broken_disk),
     Case(24, "read-only workdir", "a tmpfs mounted read-only", "refused before compiling",
          read_only_disk),

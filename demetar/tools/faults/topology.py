@@ -204,17 +204,16 @@ def late_for_a_collective(scene: Scene) -> None:
     scene.end(job, 0)
     scene.ends_the_same(2)
     scene.another_run()
-    patient = ("--config.cluster.lost_seconds=120", "--config.cluster.stuck_seconds=200")
-    job = scene.start(2, *patient, fault="1:evaluation of validation:20:SIGSTOP")
+    job = scene.start(2, fault="1:evaluation of validation:20:SIGSTOP")
     pid = scene.frozen(job, 1)
     time.sleep(33)
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
-    began = time.monotonic()
-    while any(p.poll() is None for p in job.processes) and time.monotonic() - began < 200:
+    began = scene.bench.clock.now()
+    while any(p.poll() is None for p in job.processes) and scene.bench.clock.now() - began < 60:
         time.sleep(0.1)
     codes = [p.returncode for p in job.processes]
-    scene.saw(f"33 s late, bounds of 120 s: codes {codes}")
+    scene.saw(f"33 s late, bounds of 300 s: codes {codes}")
     if codes != [0, 0]:
         scene.train(2)
     scene.ends_the_same(2)
