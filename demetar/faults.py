@@ -22,6 +22,7 @@ from demetar.records.log import duration, say
 from demetar.tools.faults import CASES, page
 from demetar.tools.faults.bench import LOST, Bench
 from demetar.tools.faults.scene import perform
+from demetar.tools.resume_check import configure_like
 
 _STILL = 3.0  # seconds; a process that others wait for is lost after five
 
@@ -37,6 +38,7 @@ def _numbers(text: str) -> list[int]:
 def run(numbers: list[int], folder: pathlib.Path) -> list[dict]:
     """Makes these faults, one after the other; a line for each says what came of it."""
     bench, rows, began = Bench(folder), [], time.monotonic()
+    configure_like(bench.undisturbed())
     for done, number in enumerate(numbers, 1):
         while True:
             row = perform(CASES[number], bench)

@@ -15,6 +15,7 @@ import os
 import pathlib
 import shutil
 
+import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -84,11 +85,16 @@ class Checkpoints:
 
     def meta(self, step: int) -> tuple[dict, Progress]:
         """Identity (config and passport) and progress of the run at `step`."""
-        meta = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
-        progress = Progress.from_json(meta.pop("progress"))
-        return meta, progress
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        try:
+            meta = self._manager.restore(step, args=args).meta
+            return meta, Progress.from_json(meta.pop("progress"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"Checkpoint {step} in {self._folder} is as its manifest says, but does not hold "
+                f"the settings of a run ({error!r}). Copy the folder again, or start anew in "
+                "another --workdir."
+            ) from error
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
@@ -98,7 +104,20 @@ class Checkpoints:
                 f"validation score; it has {sorted(self._manager.all_steps())}."
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        self._check_parameters(step, abstract_state.params)
         return self._manager.restore(step, args=args).state
+
+    def _check_parameters(self, step: int, params) -> None:
+        """Refuses those of another model, of which Orbax would tell one, deep in a traceback."""
+        state = (self._folder / str(step) / "state").absolute()
+        saved = ocp.PyTreeCheckpointHandler().metadata(state).tree["params"]
+        lines = _other_shapes(saved, params)
+        if lines:
+            raise UserError(
+                f"Checkpoint {step} in {self._folder} holds the parameters of another model:\n"
+                + "\n".join(lines)
+                + "\nRestore it with the config and the version of demetar that trained it."
+            )
 
     def _set_damaged_aside(self, aside: pathlib.Path) -> bool:
         """Moves folders that are not whole to `aside`; true if one was damaged, not cut off."""
@@ -297,6 +316,19 @@ class _KeepBest:
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
+def _other_shapes(saved: dict, today: dict) -> list[str]:
+    """A line for each parameter whose shape differs between a checkpoint and a model."""
+    there, here = (
+        {"/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+        for tree in (saved, today)
+    )
+    return [
+        f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} today"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+
+
 def _files(folder: pathlib.Path) -> dict[str, dict]:
     facts = {}
     for file in sorted(folder.rglob("*")):
@@ -328,10 +360,11 @@ def _what_is_wrong(folder: pathlib.Path) -> str | None:
         return "it has no manifest: the save was cut off"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         return f"its manifest cannot be read: {error!r}"
+    for file in folder.rglob("*"):
+        if file.is_symlink():  # what it points to may change after it was looked at
+            return f"{file.relative_to(folder)} is a link"
     found = _files(folder)
     for name, facts in expected.items():
-        if (folder / name).is_symlink():  # what it points to may change after it was looked at
-            return f"{name} is a link"
         if name not in found:
             return f"missing file {name}"
         if found[name] != facts:

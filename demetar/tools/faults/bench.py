@@ -133,8 +133,6 @@ class Bench:
                 [*self.flags(workdir), *flags], count, quiet=True, environment=self.environment()
             )
             resume_check.finish(job)
-            if not self._undisturbed:
-                resume_check.configure_like(workdir)
             self._undisturbed[count, flags] = workdir
         return self._undisturbed[count, flags]
 

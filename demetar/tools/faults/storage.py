@@ -20,8 +20,8 @@ from demetar.training.progress import Progress
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
-    """The largest file below a folder."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
+    """The largest file of a checkpoint, but for its manifest."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "manifest.json"]
     return max(files, key=lambda file: file.stat().st_size)
 
 

@@ -92,7 +92,7 @@ def other_shapes(scene: Scene) -> None:
     scene.sign("40")
     before = scene.listing()
     flags[-1] = "--config.model.width=16"
-    scene.train(1, *flags, code=EXIT_USER_ERROR, says="shape")
+    scene.train(1, *flags, code=EXIT_USER_ERROR, says="(8,) in the checkpoint, (16,) today")
     scene.unchanged(before)
 
 
