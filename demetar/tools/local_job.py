@@ -192,8 +192,9 @@ def _free_port() -> int:
 
 
 def _copy(stream, tail: collections.deque, prefix: str | None) -> None:
-    for line in stream:
-        tail.append(line)
-        if prefix is not None:
-            sys.stderr.write(prefix + line)
-            sys.stderr.flush()
+    with stream:
+        for line in stream:
+            tail.append(line)
+            if prefix is not None:
+                sys.stderr.write(prefix + line)
+                sys.stderr.flush()
