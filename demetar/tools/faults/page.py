@@ -111,8 +111,12 @@ def _row(cells: list[str]) -> str:
 
 
 def _short(cell: str) -> str:
-    cell = " ".join(cell.split()).replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
-    return cell if len(cell) <= _LONGEST else f"{cell[:_LONGEST]}…"
+    cell = " ".join(cell.split())
+    cell = cell if len(cell) <= _LONGEST else f"{cell[:_LONGEST]}…"
+    for mark, text in {"<": "&lt;", "*": "\\*", "_": "\\_"}.items():
+        cell = cell.replace(mark, text)
+    # What a message quotes may be no key of a config, and no address of a page.
+    return cell.replace("config.", "config&#46;")
 
 
 _COLUMNS = ["", "fault", "how it was made", "wanted", "seen", "code", "s", "oracles", "verdict"]
