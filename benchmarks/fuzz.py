@@ -84,7 +84,7 @@ def _seeds_of_rows(suffix: str) -> list[bytes]:
         if given.suffix == ".sdf":
             molecules = [make_molecule(row, "file") for row in rows]
         out = pathlib.Path(folder) / f"out{suffix}"
-        with Output(out, given, {"p": "number"}).open() as writer:
+        with Output(out, given, {"p": "number"}).open(out.parent) as writer:
             writer.write(rows, {"p": [1.5, None]}, molecules)
         return [out.read_bytes()]
 

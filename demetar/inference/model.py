@@ -355,7 +355,7 @@ def batch_size_for(number: int) -> int:
     On a CPU the activations of a small batch stay in the caches, but each batch costs the host
     time.
     """
-    many = 64 if jax.local_devices()[0].platform == "cpu" else 256
+    many = 128 if jax.local_devices()[0].platform == "cpu" else 256
     return 1 if number < 16 else 32 if number < 8 * many else many
 
 
