@@ -32,7 +32,7 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
     saved = stored.read_identity(file)
-    config = stored.from_json(saved["config"])
+    config = stored.on_one_device(stored.from_json(saved["config"]))
     runtime.configure(config)
     experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
@@ -47,7 +47,7 @@ def evaluate_pretrained(name: str, split: str) -> dict:
     between machines whose arithmetic differs in the last bit.
     """
     model = package.read(name)
-    config = model.config
+    config = stored.on_one_device(model.config)
     runtime.configure(config)
     experiment = build_experiment(config)
     today, published = experiment.dataset.passport, model.card["passport"]

@@ -143,10 +143,27 @@ def test_killed_interrupted_and_damaged_it_is_the_same_run(runner, finished, tmp
         assert result(tmp_path)[key] == result(finished)[key], key
 
 
-def test_evaluate_repeats_the_result_from_the_folder_alone(runner, finished):
-    said = runner.start(finished, module="demetar.evaluate").communicate(timeout=200)[0]
-    again, first = json.loads(said), result(finished)
+def evaluated(runner, workdir):
+    """What `demetar evaluate` prints of a run, in a process that has one device."""
+    return json.loads(runner.start(workdir, module="demetar.evaluate").communicate(timeout=200)[0])
+
+
+def test_evaluate_repeats_the_result_from_the_folder_alone(runner, tmp_path):
+    steps = ["--config.train.num_steps=12", "--config.train.eval_every=6"]
+    runner.run(tmp_path, "--config.mesh.cpu_devices=1", *steps)
+    again, first = evaluated(runner, tmp_path), result(tmp_path)
     assert again["targets"] == first["targets"] and again["count"] == first["count"]
+
+
+def test_evaluate_needs_one_device_whatever_the_run_had(runner, finished, half):
+    """Only the order of sums differs; what evaluate cannot set, it does not ask for."""
+    saved = read_json(half / "config.json")
+    saved["config"]["mesh"] |= {"data": 2, "fsdp": 2, "cpu_devices": 0}  # as four GPUs leave it
+    (half / "config.json").write_text(json.dumps(saved))
+    again, first = (
+        found["targets"]["homo"] for found in (evaluated(runner, half), result(finished))
+    )
+    assert again["mae"] == pytest.approx(first["mae"], rel=1e-6)
 
 
 # --- a folder that has a run ---------------------------------------------------------------------
