@@ -9,16 +9,15 @@ the first two with the same keys as `result.json`. FILE is one that `demetar pre
 truth is in its column that is called as the target.
 """
 
-import json
 import pathlib
 import sys
 
 from data_pipelines.dataset import PARTS
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.inference import package
-from demetar.records.files import finite
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.evaluator import Evaluator
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> int:
         found = evaluate_pretrained(options.pretrained, options.split)
     else:
         found = evaluate_run(pathlib.Path(options.workdir), options.split)
-    print(json.dumps(finite(found), indent=1))
+    print(json_text(found, indent=1))
     return EXIT_DONE
 
 
