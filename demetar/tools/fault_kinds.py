@@ -172,7 +172,7 @@ def _damage(scene: Scene, harm: Callable[[pathlib.Path], None]) -> dict:
     if len(whole) < 2:
         # Killed between the deletion of an old checkpoint and the manifest of a new one, or at
         # the very start: what is harmed then is gone, and no run could go on.
-        return facts | {"harmed": None}
+        return facts | {"kind": "kill all"}
     folder = scene.workdir / "checkpoints" / str(whole[-1])
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.stat().st_size)
     file = scene.rng.choice(files)
