@@ -17,7 +17,7 @@ from conftest import REPOSITORY
 
 from demetar.inference.package import CARD, WEIGHTS
 
-MEMORY = 3 << 30  # of addresses, with all libraries
+MEMORY = 5 << 29  # of addresses, with all libraries
 _READ = """
 import pathlib, resource, sys
 from data_pipelines.errors import UserError
@@ -75,9 +75,9 @@ def test_text_without_an_end(tmp_path, name, start, endless):
 
 
 def test_an_array_that_would_be_read_whole(tmp_path):
-    """In the order of Fortran, 4 GB: its rows do not lie together."""
+    """In the order of Fortran, 2.8 GB: its rows do not lie together."""
     file = tmp_path / "arrays.npz"
-    atoms = 170_000_000
+    atoms = 115_000_000
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, shape, order in (("R", (atoms, 3), True), ("z", (atoms,), False)):
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
@@ -85,16 +85,16 @@ def test_an_array_that_would_be_read_whole(tmp_path):
                 np.lib.format.write_array_header_1_0(stream, header)
                 for _ in range(int(np.prod(shape)) * 8 // 10_000_000):
                     stream.write(bytes(10_000_000))
-        np.save(archive.open("N.npy", "w"), np.full(atoms // 17, 17))
+        np.save(archive.open("N.npy", "w"), np.full(atoms // 23, 23))
     assert file.stat().st_size < 60e6
-    assert "would take 4,080,000,000 bytes at once" in read(file)
+    assert "would take 2,760,000,000 bytes at once" in read(file)
 
 
 def test_a_header_of_an_array_that_has_no_end(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("R.npy", "w", force_zip64=True) as stream:
             stream.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
-            for _ in range(430):
+            for _ in range(280):
                 stream.write(b" " * 10_000_000)
     assert "R.npy" in read(tmp_path / "a.npz")
 
@@ -106,11 +106,11 @@ def test_a_name_in_an_archive_that_has_no_end(tmp_path):
     assert "header of the archive (long) has 9663676416 bytes" in read(tmp_path / "qm9.tar.gz")
 
 
-@pytest.mark.parametrize("bomb", [CARD, WEIGHTS])
+@pytest.mark.parametrize("bomb", [CARD, pytest.param(WEIGHTS, marks=pytest.mark.slow)])
 def test_a_model_that_unpacks_to_gigabytes(tmp_path, bomb):
     with zipfile.ZipFile(tmp_path / "m.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open(bomb, "w", force_zip64=True) as stream:
-            for _ in range(400):
+            for _ in range(280):
                 stream.write(bytes(10_000_000))
         archive.writestr(WEIGHTS if bomb == CARD else CARD, json.dumps({}))
-    assert f"{bomb} has 4000000000 bytes" in read(tmp_path / "m.zip")
+    assert f"{bomb} has 2800000000 bytes" in read(tmp_path / "m.zip")

@@ -163,13 +163,16 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
 def test_a_job_that_is_stopped_as_a_whole_goes_on(start, tmp_path, count, lost, stuck, seconds):
     """Ctrl-Z and `fg`, or a machine that sleeps: for longer than anyone may be silent."""
     bounds = [f"--config.cluster.lost_seconds={lost}", f"--config.cluster.stuck_seconds={stuck}"]
-    job = start(tmp_path, count, *bounds, "--config.train.num_steps=3000")
+    job = start(tmp_path, count, *bounds, "--config.train.num_steps=30000")
     wait_until(job, lambda: logged_step(tmp_path) >= 6)
     job.signal(signal.SIGSTOP)
     time.sleep(seconds)
-    assert logged_step(tmp_path) < 3000
+    stopped_at = logged_step(tmp_path)
     job.signal(signal.SIGCONT)
-    run(job)
+    wait_until(job, lambda: logged_step(tmp_path) >= stopped_at + 20)
+    time.sleep(2)  # for a watch that would take it for lost now
+    job.signal(signal.SIGTERM)
+    run(job, code=75)
 
 
 @pytest.mark.parametrize("action", ["sleep", pytest.param("hold", marks=pytest.mark.slow)])
