@@ -15,7 +15,11 @@ from collections.abc import Callable
 
 from demetar.exits import EXIT_DONE, EXIT_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 from demetar.tools.local_job import LocalJob
+from demetar.tools.resume_check import logged_step
 from demetar.training.checkpoints import saved
+
+SAVE_EVERY = 5  # steps between checkpoints
+_NOTICED = 60.0  # seconds in which a job that goes on makes the steps of two checkpoints
 
 
 @dataclasses.dataclass
@@ -143,9 +147,15 @@ def fill_disk(scene: Scene) -> dict:
                     raise
                 size = max(1, size // 2)  # to the last byte, and what the run sets free
                 time.sleep(0.01)
+    filler.unlink()
+    # A save that failed in its thread is noticed at the next one, when there is space again.
+    deadline, before = time.monotonic() + _NOTICED, logged_step(scene.workdir)
+    while scene.runs and time.monotonic() < deadline:
+        if logged_step(scene.workdir) > before + 2 * SAVE_EVERY:
+            break
+        time.sleep(0.05)
     if not scene.runs:
         scene.job.wait()
-    filler.unlink()
     refused = set(scene.codes) == {EXIT_USER_ERROR}
     return {"seconds": round(seconds, 1), "as_promised": scene.unharmed or refused}
 

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterator
 
 from data_pipelines.errors import UserError
 from demetar.records.log import say
-from demetar.tools.fault_kinds import FAULTS, Scene, kill_all, log_of, whole_steps
+from demetar.tools.fault_kinds import FAULTS, SAVE_EVERY, Scene, kill_all, log_of, whole_steps
 from demetar.tools.local_job import LocalJob
 from demetar.tools.resume_check import compare, configure_like, finish, logged_step, run_to
 from demetar.training.checkpoints import saved, size_of
 
 EXACT = "nothing lost"
-_EVERY = 5  # steps between checkpoints
 _STARTUP_SECONDS = 12.0  # in which early faults fall
 _BESIDE = 64 << 20  # bytes of the small disk for logs, metrics and what is set aside
 
@@ -49,7 +48,7 @@ def chaos(
     whole = folder / "whole"
     say(f"{steps} steps without a break, {count} process(es) ...")
     started = time.monotonic()
-    finish(run_to(whole, arguments, steps, _EVERY, count))
+    finish(run_to(whole, arguments, steps, SAVE_EVERY, count))
     undisturbed = time.monotonic() - started
     one = max(size_of(checkpoint.folder) for checkpoint in saved(whole))
     with small_disk(folder / "disk", (faults + 6) * one + _BESIDE) as (disk, refusal):
@@ -60,7 +59,7 @@ def chaos(
         for kind, reason in left_out.items():
             say(f"left out: {kind} ({reason})")
         broken = (disk or folder) / "broken"
-        start = lambda: run_to(broken, arguments, steps, _EVERY, count)
+        start = lambda: run_to(broken, arguments, steps, SAVE_EVERY, count)
         rng = random.Random(seed)
         thrown, asleep = throw(start, broken, disk, kinds, faults, rng, lost_seconds)
         finish(start())
@@ -136,7 +135,7 @@ def throw_one(scene: Scene, kind: str) -> dict:
     """Waits for a random moment, and throws a fault of this kind; what came of it, as JSON."""
     rng, workdir = scene.rng, scene.workdir
     started, from_step = time.monotonic(), logged_step(workdir)
-    delay, ahead = rng.random() * _STARTUP_SECONDS, rng.randrange(1, 2 * _EVERY)
+    delay, ahead = rng.random() * _STARTUP_SECONDS, rng.randrange(1, 2 * SAVE_EVERY)
     # A process that stops before it has shown itself is missed only after `start_seconds`.
     if rng.random() < 0.3 and kind != "stop":  # while it starts, compiles or restores
         moment = lambda: time.monotonic() - started > delay
