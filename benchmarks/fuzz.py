@@ -22,6 +22,8 @@ import time
 import zipfile
 from collections.abc import Callable
 
+from data_pipelines.json_text import json_text
+
 ROOT = pathlib.Path(__file__).parents[1]
 _ROWS = 200  # of one input
 _SECONDS, _MEGABYTES = 10, 2048
@@ -118,7 +120,7 @@ def _seeds_of_config() -> list[bytes]:
     from demetar.config.command_line import load_config
 
     config = stored.to_json(load_config("nbody:smoke"))
-    return [json.dumps({"config": config, "passport": {"dataset": "nbody"}}).encode()]
+    return [json_text({"config": config, "passport": {"dataset": "nbody"}}).encode()]
 
 
 def _seeds_of_qm9() -> list[bytes]:
@@ -231,7 +233,7 @@ def main() -> None:
         found[name] = _fuzz(name, options.inputs, options.keep) | {"commit": git_commit()}
         print(name, found[name], flush=True)
         if file:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            file.write_text(json_text(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

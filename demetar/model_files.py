@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, exits_cleanly
 
@@ -80,7 +81,7 @@ def _error_text(card: dict, target: dict) -> str:
 def _show(options: argparse.Namespace) -> None:
     from demetar.inference import package
 
-    print(json.dumps(package.read(options.model).card, indent=1))
+    print(json_text(package.read(options.model).card, indent=1))
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from data_pipelines.errors import UserError, suggest
+from data_pipelines.json_text import json_text
 from data_pipelines.targets import Target
 from demetar.config import stored
 from demetar.models import create_model
 from demetar.models.base import GraphModel
-from demetar.records.files import finite
 from demetar.training.objective import Normalization
 
 WEIGHTS, CARD = "weights.safetensors", "model.json"
@@ -268,7 +268,7 @@ def write(package: Package, destination: pathlib.Path) -> Package:
     if destination.exists():
         raise UserError(f"{destination} exists already: choose another name, or delete it.")
     card = with_hash(package).card
-    files = {WEIGHTS: _weights(package), CARD: (json.dumps(finite(card), indent=1) + "\n").encode()}
+    files = {WEIGHTS: _weights(package), CARD: (json_text(card, indent=1) + "\n").encode()}
     building = destination.with_name(f".{destination.name}.building")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

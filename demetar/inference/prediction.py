@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from data_pipelines.molecules import readers, writers
 from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.packing import pack_molecules, unpack_molecules
@@ -133,7 +134,7 @@ def _begin(request: Prediction, place: Place) -> None:
     if place.process == 0 and not file.exists():
         request.parts.mkdir(parents=True, exist_ok=True)
         building = file.with_suffix(".building")
-        building.write_text(json.dumps(identity))
+        building.write_text(json_text(identity))
         building.rename(file)
     deadline = time.monotonic() + _LOST_SECONDS
     while not file.exists():

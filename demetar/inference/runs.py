@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import jax
-import ml_collections
 
 from data_pipelines.errors import UserError
 from demetar.config import stored
@@ -24,10 +23,9 @@ def package_of_run(workdir: pathlib.Path, licence: str = "") -> tuple[Package, E
       licence: of the weights.
     """
     step, params, saved = read_best(workdir)
-    config = ml_collections.ConfigDict(stored.from_json(saved["config"]))
-    config.mesh.update({"data": 1, "fsdp": 1, "model": 1, "cpu_devices": 0})
+    config = stored.on_one_device(stored.from_json(saved["config"]))
     with jax.enable_x64(stored.real_dtype(config) == "float64"):
-        experiment = build_experiment(config.lock(), jax.local_devices()[:1])
+        experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
     result = {"step": step}
     if (workdir / "result.json").exists():

@@ -3,10 +3,12 @@
     DEMETAR_FAULT=process:phase:step:action
 
 when process `process` enters a phase whose name starts with `phase` at `step` or later (once, in
-this start): `raise`, `sleep` for ever, hold the interpreter's lock for ever (`hold`), or a signal's
-name, sent to itself. A test double for bugs and broken machines; the processes are real.
+this start): `raise`, `sleep` for ever, hold the interpreter's lock for ever (`hold`), restore no
+checkpoint from then on (`unreadable`), or a signal's name, sent to itself. A test double for bugs
+and broken machines; the processes are real.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -14,6 +16,10 @@ import time
 
 _SPEC = os.environ.get("DEMETAR_FAULT")
 _process, _phase, _step, _action = (_SPEC or ":::").split(":")
+
+
+def _cannot_read(self, step, abstract_state):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(step))
 
 
 def _strike():
@@ -25,6 +31,11 @@ def _strike():
         sys.setswitchinterval(1e9)
         while True:
             pass
+    if _action == "unreadable":
+        from demetar.training.checkpoints import Checkpoints
+
+        Checkpoints.restore = _cannot_read
+        return
     os.kill(os.getpid(), signal.Signals[_action])
 
 

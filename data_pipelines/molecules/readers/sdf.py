@@ -16,10 +16,12 @@ import numpy as np
 
 from data_pipelines.bonds import BondType
 from data_pipelines.molecules.readers.fields import (
+    LARGEST_RECORD,
     Damaged,
     charge_and_multiplicity,
     clean,
     open_text,
+    too_large,
     union,
 )
 from data_pipelines.molecules.record import Refusal, Row
@@ -66,10 +68,12 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
             complete = chunk.rfind("\n") + 1
             if not complete:
                 rest += chunk
-                continue
-            *records, last = _cut(rest + chunk[:complete])
-            yield from ((record, True) for record in records)
-            rest = last + chunk[complete:]
+            else:
+                *records, last = _cut(rest + chunk[:complete])
+                yield from ((record, True) for record in records)
+                rest = last + chunk[complete:]
+            if len(rest) > LARGEST_RECORD:
+                raise too_large()
         *records, last = _cut(rest)
         yield from ((record, True) for record in records)
         if last.strip():
