@@ -808,7 +808,11 @@ def test_the_steps_of_sanitization_that_are_left_out_change_nothing(change):
     for smiles in _HARD:
         molecule = Chem.MolFromSmiles(smiles, sanitize=False)  # as a program may have drawn it
         AllChem.Compute2DCoords(molecule)
-        block = Chem.MolToMolBlock(molecule, kekulize=False).replace("     2D", "     3D").replace(*change, 1)
+        block = (
+            Chem.MolToMolBlock(molecule, kekulize=False)
+            .replace("     2D", "     3D")
+            .replace(*change, 1)
+        )
         whole, light = (parse_sdf_block(1, block, smiles=needed) for needed in (True, False))
         for field in fields(Row):
             if field.name != "smiles":
