@@ -107,10 +107,11 @@ def _seeds_of_hdf5() -> list[bytes]:
 def _seeds_of_package() -> list[bytes]:
     """A zip whose weights are few: the checks before they are read are what is fed."""
     from demetar.inference import package
+    from demetar.inference.card import CARD
 
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        for name in (package.CARD, package.WEIGHTS):
+        for name in (CARD, package.WEIGHTS):
             archive.writestr(name, (package.SHIPPED / "qm9-homo" / name).read_bytes()[:20_000])
     return [stream.getvalue()]
 

@@ -58,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> None:
     del options
     from demetar.inference import package
+    from demetar.inference.card import CARD
 
     for name in package.pretrained_names():
-        card = json.loads((package.SHIPPED / name / package.CARD).read_text())
+        card = json.loads((package.SHIPPED / name / CARD).read_text())
         errors = [_error_text(card, target) for target in card["targets"]]
         print(f"{name:28} {card['items']:10} {'; '.join(errors)}")
 

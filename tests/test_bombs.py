@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from demetar.inference.package import CARD, WEIGHTS
+from demetar.inference.card import CARD
+from demetar.inference.package import WEIGHTS
 
 MEMORY = 5 << 29  # of addresses, with all libraries
 _READ = """

@@ -26,8 +26,9 @@ from data_pipelines.molecules.record import Molecule, Refusal, Row
 from data_pipelines.targets import Target
 from demetar.config.stored import real_dtype
 from demetar.inference import graphs, inputs
+from demetar.inference.card import CARD
 from demetar.inference.domain import KEPT, Domain
-from demetar.inference.package import CARD, Package, read
+from demetar.inference.package import Package, read
 from demetar.inference.programs import Programs
 
 # A molecule of more than this times as many atoms as the largest that was trained on is refused:

@@ -8,8 +8,9 @@ import jax
 
 from data_pipelines.errors import UserError
 from demetar.config import stored
+from demetar.inference.card import describe
 from demetar.inference.model import Model
-from demetar.inference.package import Package, describe, with_hash, write
+from demetar.inference.package import Package, with_hash, write
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.experiment import Experiment, build_experiment
