@@ -44,13 +44,13 @@ def read_only(workdir, tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
-def start_readers(runner, workdir):
+def start_readers(runner, workdir, out):
     """All commands that read a run, at once: name -> process."""
     start = lambda name, *words: runner.start(None, *words, module=f"demetar.{name}")
     return {
         "evaluate": start("evaluate", f"--workdir={workdir}"),
         "predict": start("predict", "CCO", f"--model={workdir}"),
-        "models": start("model_files", "show", str(workdir)),
+        "models": start("model_files", "save", f"--workdir={workdir}", f"--out={out}/model.zip"),
         "ls": start("checkpoints", "ls", str(workdir)),
         "verify": start("checkpoints", "verify", str(workdir)),
         "diff": start("checkpoints", "diff", str(workdir), str(workdir)),
@@ -64,15 +64,17 @@ def finish(process):
     return out
 
 
-def test_readers_leave_a_finished_run_as_it_is(runner, workdir):
+def test_readers_leave_a_finished_run_as_it_is(runner, workdir, tmp_path):
     before = snapshot(workdir)
-    said = {name: finish(process) for name, process in start_readers(runner, workdir).items()}
+    said = {
+        name: finish(process) for name, process in start_readers(runner, workdir, tmp_path).items()
+    }
     assert snapshot(workdir) == before
     assert json.loads(said["evaluate"])["count"] == 50 and "CCO" in said["predict"]
 
 
-def test_readers_work_where_nothing_can_be_written(runner, read_only):
-    for name, process in start_readers(runner, read_only).items():
+def test_readers_work_where_nothing_can_be_written(runner, read_only, tmp_path):
+    for name, process in start_readers(runner, read_only, tmp_path).items():
         if name == "doctor":  # says that a run could not be trained there
             assert "annot be written" in process.communicate(timeout=240)[0]
         else:
