@@ -19,6 +19,7 @@ import tempfile
 
 from tqdm import tqdm
 
+from data_pipelines.json_text import json_text
 from demetar.tools.local_job import LocalJob
 from demetar.tools.resume_check import compare, configure_like, finish
 
@@ -103,7 +104,7 @@ def main() -> int:
         },
         "rows": rows,
     }
-    text = json.dumps(result, indent=1)
+    text = json_text(result, indent=1)
     if options.json:
         options.json.write_text(text + "\n")
     for row in rows:
@@ -119,6 +120,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--only"]:
         with tempfile.TemporaryDirectory() as temporary:
             found = matrix(pathlib.Path(temporary), sys.argv[2], int(sys.argv[3]))
-        print(json.dumps(found))
+        print(json_text(found))
         sys.exit(0)
     sys.exit(main())

@@ -22,6 +22,8 @@ import time
 import zipfile
 from collections.abc import Callable
 
+from data_pipelines.json_text import json_text
+
 ROOT = pathlib.Path(__file__).parents[1]
 _ROWS = 200  # of one input
 _SECONDS, _MEGABYTES = 10, 2048
@@ -84,7 +86,7 @@ def _seeds_of_rows(suffix: str) -> list[bytes]:
         if given.suffix == ".sdf":
             molecules = [make_molecule(row, "file") for row in rows]
         out = pathlib.Path(folder) / f"out{suffix}"
-        with Output(out, given, {"p": "number"}).open() as writer:
+        with Output(out, given, {"p": "number"}).open(out.parent) as writer:
             writer.write(rows, {"p": [1.5, None]}, molecules)
         return [out.read_bytes()]
 
@@ -105,10 +107,11 @@ def _seeds_of_hdf5() -> list[bytes]:
 def _seeds_of_package() -> list[bytes]:
     """A zip whose weights are few: the checks before they are read are what is fed."""
     from demetar.inference import package
+    from demetar.inference.card import CARD
 
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
-        for name in (package.CARD, package.WEIGHTS):
+        for name in (CARD, package.WEIGHTS):
             archive.writestr(name, (package.SHIPPED / "qm9-homo" / name).read_bytes()[:20_000])
     return [stream.getvalue()]
 
@@ -118,7 +121,7 @@ def _seeds_of_config() -> list[bytes]:
     from demetar.config.command_line import load_config
 
     config = stored.to_json(load_config("nbody:smoke"))
-    return [json.dumps({"config": config, "passport": {"dataset": "nbody"}}).encode()]
+    return [json_text({"config": config, "passport": {"dataset": "nbody"}}).encode()]
 
 
 def _seeds_of_qm9() -> list[bytes]:
@@ -231,7 +234,7 @@ def main() -> None:
         found[name] = _fuzz(name, options.inputs, options.keep) | {"commit": git_commit()}
         print(name, found[name], flush=True)
         if file:
-            file.write_text(json.dumps(found, indent=1) + "\n")
+            file.write_text(json_text(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 
 import numpy as np
 
+from data_pipelines.json_text import json_text
 from demetar.records.files import read_jsonl
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def collect(row: Row, command: list[str]) -> None:
         "validation_curve": curve,
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{row.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / f"{row.name}.json").write_text(json_text(content, indent=1) + "\n")
 
 
 def _num_parameters(log: pathlib.Path) -> int:
@@ -229,7 +230,7 @@ def measure_floor(orientations: int = 6) -> None:
             }
             print(kind, part, content[kind][part], flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "floor.json").write_text(json.dumps(content, indent=1) + "\n")
+    (RESULTS / "floor.json").write_text(json_text(content, indent=1) + "\n")
 
 
 def _interval_95(values: np.ndarray) -> list[float]:

@@ -6,7 +6,6 @@ result goes.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import time
 
@@ -15,6 +14,7 @@ import numpy as np
 from absl import flags
 
 from data_pipelines.dataset import Dataset
+from data_pipelines.json_text import json_text
 from data_pipelines.qm9 import DEFAULTS as QM9_DEFAULTS
 from data_pipelines.registry import load_dataset
 from demetar.training import runtime
@@ -34,7 +34,7 @@ def load_qm9(edges: str, edge_cutoff: float = 3.0) -> Dataset:
 
 def keep(result: dict, file: pathlib.Path | None) -> None:
     """Prints a result, and writes it where the command was asked to."""
-    text = json.dumps(result, indent=1)
+    text = json_text(result, indent=1)
     print(text)
     if file:
         file.write_text(text + "\n")

@@ -24,6 +24,7 @@ import time
 
 import numpy as np
 
+from data_pipelines.json_text import json_text
 from demetar.speed.machine import processor
 from demetar.training import runtime
 
@@ -135,10 +136,10 @@ def serve(name: str, batch_size: int) -> None:
     worker = (OurWorker if name in OURS else PeerWorker)(name, batch_size)
     worker.train(2.0)
     worker.forward(2.0)
-    print(json.dumps({"parameters": worker.num_parameters}), file=out, flush=True)
+    print(json_text({"parameters": worker.num_parameters}), file=out, flush=True)
     for line in sys.stdin:
         kind, seconds = line.split()
-        print(json.dumps(getattr(worker, kind)(float(seconds))), file=out, flush=True)
+        print(json_text(getattr(worker, kind)(float(seconds))), file=out, flush=True)
 
 
 class Entry:
@@ -240,7 +241,7 @@ def main() -> None:
     for size in options.batches:
         rows = compare(names, size, options.rounds, options.seconds)
         result["batches"][str(size)] = {"entries": rows, "ratios": ratios(rows)}
-    text = json.dumps(result, indent=1)
+    text = json_text(result, indent=1)
     print(text)
     if options.json:
         options.json.write_text(text + "\n")

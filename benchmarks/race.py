@@ -29,6 +29,7 @@ import time
 
 import numpy as np
 
+from data_pipelines.json_text import json_text
 from demetar.speed.machine import processor
 from demetar.training import runtime
 
@@ -177,7 +178,7 @@ def main() -> None:
     }
     print({k: v for k, v in result.items() if k != "curve"})
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{options.entry}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{options.entry}.json").write_text(json_text(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

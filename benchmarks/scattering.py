@@ -11,7 +11,6 @@ part for each target; the test part is then looked at once.
 
 import argparse
 import itertools
-import json
 import os
 import pathlib
 import time
@@ -19,6 +18,7 @@ import time
 import numpy as np
 
 from data_pipelines.dataset import Dataset
+from data_pipelines.json_text import json_text
 from data_pipelines.qm9 import DEFAULTS as QM9
 from data_pipelines.registry import load_dataset
 from data_pipelines.scattering import features
@@ -122,7 +122,7 @@ def main(arguments=None) -> dict:
             f"strength {row['strength']:.0e}; the mean of training: {row['training_mean']:.4g})"
         )
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json_text(result, indent=1) + "\n")
     return result
 
 

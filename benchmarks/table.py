@@ -32,6 +32,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from data_pipelines.json_text import json_text
+
 SMOKE = bool(os.environ.get("SMOKE"))
 ROOT = pathlib.Path(__file__).parents[1]
 RUNS = ROOT / "runs" / ("table-smoke" if SMOKE else "table")
@@ -157,7 +159,7 @@ def pilot_of(row: Row) -> dict:
     if not file.exists():
         found = measure(row.name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
+        file.write_text(json_text(found))
     return json.loads(file.read_text())
 
 
@@ -370,7 +372,7 @@ def keep_result(kind: str, name: str, found: dict) -> None:
     results[kind][name] = found
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     new = RESULTS.with_suffix(".new")
-    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.write_text(json_text(results, indent=1) + "\n")
     new.replace(RESULTS)
 
 
@@ -394,7 +396,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(_measure_here(options.measure)))
+        print(json_text(_measure_here(options.measure)))
         return
     from table_page import write_page
 

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError, machine_fault
+from data_pipelines.json_text import json_text
 
 
 def default_cache_dir() -> pathlib.Path:
@@ -76,7 +77,7 @@ def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], passport: dict) -
         file = folder / "arrays" / f"{name}.npy"
         np.save(file, array, allow_pickle=False)
         files[name] = _file_facts(file)
-    (folder / "passport.json").write_text(json.dumps(passport | {"files": files}, indent=1))
+    (folder / "passport.json").write_text(json_text(passport | {"files": files}, indent=1))
 
 
 def write_parts(

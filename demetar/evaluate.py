@@ -9,16 +9,15 @@ the first two with the same keys as `result.json`. FILE is one that `demetar pre
 truth is in its column that is called as the target.
 """
 
-import json
 import pathlib
 import sys
 
 from data_pipelines.dataset import PARTS
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.inference import package
-from demetar.records.files import finite
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.evaluator import Evaluator
@@ -32,7 +31,7 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
     saved = stored.read_identity(file)
-    config = stored.from_json(saved["config"])
+    config = stored.on_one_device(stored.from_json(saved["config"]))
     runtime.configure(config)
     experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
@@ -47,7 +46,7 @@ def evaluate_pretrained(name: str, split: str) -> dict:
     between machines whose arithmetic differs in the last bit.
     """
     model = package.read(name)
-    config = model.config
+    config = stored.on_one_device(model.config)
     runtime.configure(config)
     experiment = build_experiment(config)
     today, published = experiment.dataset.passport, model.card["passport"]
@@ -102,7 +101,7 @@ def main(arguments: list[str]) -> int:
         found = evaluate_pretrained(options.pretrained, options.split)
     else:
         found = evaluate_run(pathlib.Path(options.workdir), options.split)
-    print(json.dumps(finite(found), indent=1))
+    print(json_text(found, indent=1))
     return EXIT_DONE
 
 

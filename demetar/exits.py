@@ -33,6 +33,12 @@ class FilesGone(UserError):
     exit_code = EXIT_FAILED
 
 
+class NotRestorable(UserError):
+    """What a run has saved first cannot be restored: it must not go on as if it could."""
+
+    exit_code = EXIT_FAILED
+
+
 class NoProgress(UserError):
     """The run failed at one step too often to try again."""
 

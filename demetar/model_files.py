@@ -16,6 +16,7 @@ import pathlib
 import sys
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, exits_cleanly
 
@@ -57,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
 def _list(options: argparse.Namespace) -> None:
     del options
     from demetar.inference import package
+    from demetar.inference.card import CARD
 
     for name in package.pretrained_names():
-        card = json.loads((package.SHIPPED / name / package.CARD).read_text())
+        card = json.loads((package.SHIPPED / name / CARD).read_text())
         errors = [_error_text(card, target) for target in card["targets"]]
         print(f"{name:28} {card['items']:10} {'; '.join(errors)}")
 
@@ -80,7 +82,7 @@ def _error_text(card: dict, target: dict) -> str:
 def _show(options: argparse.Namespace) -> None:
     from demetar.inference import package
 
-    print(json.dumps(package.read(options.model).card, indent=1))
+    print(json_text(package.read(options.model).card, indent=1))
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -71,6 +71,7 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
     graphs_seen = graph_log.GraphLog(workdir, job.process) if config.log.graphs else None
     batches = trainer.batches(range(step, num_steps))
     saved_step, stop = step, False  # the same on all processes
+    proven = step > 0  # that what this run saves can be restored: a resume has just done it
     pending: StepSums | None = None  # sums of the step before, still on the device
     while True:
         stop = stop or 0 < config.checkpoint.stop_at == step
@@ -90,6 +91,8 @@ def train_and_evaluate(config, workdir: pathlib.Path, job: Job) -> dict:
             check_files(workdir, job)
             progress.train_seconds = time.perf_counter() - loop_start
             checkpoints.save(state, experiment.identity, progress)
+            if not proven:
+                state, proven = checkpoints.prove(state, progress), True
             saved_step = step
         stop = stop or cut_short
         if stop or last:

@@ -1,5 +1,6 @@
 """Models as files and in Python: whole, the same numbers for any batch, exported, in ASE."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -25,6 +26,7 @@ from demetar import model_files
 from demetar.config.command_line import load_config
 from demetar.exits import EXIT_DONE, NonFiniteLoss
 from demetar.inference import export, inputs, package, runs
+from demetar.inference.card import CARD, describe
 from demetar.inference.domain import Domain
 from demetar.inference.model import Model, load_model
 from demetar.models import create_model, predict, predict_and_embed
@@ -68,7 +70,7 @@ def experiment(cache_dir):
 
 @pytest.fixture(scope="module")
 def packed(experiment):
-    card = package.describe(experiment, {}, "CC0")
+    card = describe(experiment, {}, "CC0")
     return package.with_hash(package.Package("tiny", weights_of(experiment), card))
 
 
@@ -133,7 +135,7 @@ def test_a_model_comes_back_as_it_was_written(packed, name, tmp_path):
 
 def spoil(folder: pathlib.Path, how: str) -> str:
     """Damages a model in a folder; what is said of it."""
-    weights, card = folder / package.WEIGHTS, folder / package.CARD
+    weights, card = folder / package.WEIGHTS, folder / CARD
     if how == "a byte":
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
@@ -189,10 +191,45 @@ def test_a_zip_of_something_else_is_refused(members, said, tmp_path):
     ids=["versions", "hash", "deep"],
 )
 def test_a_card_of_other_types_is_refused(card, said, tmp_path):
-    (tmp_path / package.CARD).write_text(card)
+    (tmp_path / CARD).write_text(card)
     (tmp_path / package.WEIGHTS).write_bytes(b"")
     with pytest.raises(UserError, match=said):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        ("buckets", [], None),  # what a later version adds
+        ("edges", None, None),
+        ("charges", None, "charges is 'None', not a list"),
+        ("elements", [1, "6"], r"elements\[1\] is '6', not int"),
+        ("largest.nodes", True, "largest.nodes is 'True', not int"),
+        ("targets.0.unit", ..., r"targets\[0\].unit is missing"),
+        ("targets.0.readout", "pickle", "Unknown read-out"),
+        ("targets.0.head", "x", r"targets\[0\].head is unknown"),
+        ("targets.0.name", "gap", "no normalization of gap"),
+        ("normalizations.homo.scale", "1", "normalizations.homo.scale is '1', not float"),
+        ("references", {"homo": {"C": 1.0}}, "reference of 'C'"),
+        ("passport", ..., "passport is missing"),
+        ("config.model.width", "wide", "width"),
+    ],
+)
+def test_each_field_of_a_card_is_looked_at(packed, place, value, said, tmp_path):
+    folder = tmp_path / "mine"
+    card = json.loads(json.dumps(package.write(packed, folder).card))
+    *path, last = [int(key) if key.isdecimal() else key for key in place.split(".")]
+    inner = functools.reduce(lambda found, key: found[key], path, card)
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    (folder / CARD).write_text(json.dumps(card))
+    if said is None:
+        package.read(folder)
+        return
+    with pytest.raises(UserError, match=said):
+        package.read(folder)
 
 
 def test_an_unknown_name_lists_the_known(tmp_path):
@@ -331,7 +368,7 @@ def experiment_of_wide(cache_dir) -> Model:
     with jax.enable_x64(True):
         experiment = experiment_of(cache_dir, **options)
         params = weights_of(experiment)
-    return Model(package.Package("wide", params, package.describe(experiment, {})))
+    return Model(package.Package("wide", params, describe(experiment, {})))
 
 
 # --- what is refused -----------------------------------------------------------------------------

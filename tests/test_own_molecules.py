@@ -30,6 +30,7 @@ from data_pipelines.registry import load_dataset
 from demetar import evaluate, predict
 from demetar.exits import EXIT_DONE, EXIT_NOTHING
 from demetar.inference import package, prediction
+from demetar.inference.card import describe
 from demetar.training.objective import standardize
 
 HOMO = COLUMNS.index("homo")
@@ -275,7 +276,7 @@ def test_a_preparation_that_was_killed_goes_on(extxyz, tmp_path, here, monkeypat
 def saved(cache_dir, tmp_path_factory):
     """A tiny model with random weights, as a zip."""
     experiment = experiment_of(cache_dir)
-    card = package.describe(experiment, {}, "CC0")
+    card = describe(experiment, {}, "CC0")
     tiny = package.with_hash(package.Package("tiny", weights_of(experiment), card))
     path = tmp_path_factory.mktemp("saved") / "tiny.zip"
     package.write(tiny, path)

@@ -104,6 +104,21 @@ def test_wrong_shapes_and_names_are_explained(few_systems):
         demetar.load_model(NAMES[0])
 
 
+# Whoever changes what ships changes this too, and says why.
+WEIGHTS_SHA256 = {
+    "nbody-egnn-e3-seed0": "3cfbb4c825d05d1d322323df8eb25f96b20dbf5cbadc394b42a19f407c8033df",
+    "nbody-egnn-e3-seed1": "edf72b25aefec2b920f96f3375716a29eed47aa12af2bc8668c33c7309a9b670",
+    "nbody-egnn-e3-seed2": "6a882c3504398e91a378c21679b64552b2b79337fc1462b50c986f83aa0d2de9",
+    "qm9-homo": "dcd822ce2f1c395bdf0fd04328cdeb249b78787380c3bf282723a02727c59ed3",
+    "qm9-homo-mmff": "8fefc9481fd82fa38cc242b467717681e07d6e1fb542d862f58bef7db81b944f",
+}
+
+
+def test_what_ships_is_what_is_pinned_here():
+    found = {name: package.read(name).card["weights_sha256"] for name in package.pretrained_names()}
+    assert found == WEIGHTS_SHA256
+
+
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     model = package.read(NAMES[0])
     monkeypatch.setattr(package, "SHIPPED", tmp_path)

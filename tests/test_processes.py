@@ -160,6 +160,22 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
     assert not (tmp_path / "failures.jsonl").exists()  # being killed is no failure
 
 
+@pytest.mark.parametrize("count, lost, stuck, seconds", [(1, 1, 1, 5), (2, 5, 8, 8)])
+def test_a_job_that_is_stopped_as_a_whole_goes_on(start, tmp_path, count, lost, stuck, seconds):
+    """Ctrl-Z and `fg`, or a machine that sleeps: for longer than anyone may be silent."""
+    bounds = [f"--config.cluster.lost_seconds={lost}", f"--config.cluster.stuck_seconds={stuck}"]
+    job = start(tmp_path, count, *bounds, "--config.train.num_steps=30000")
+    wait_until(job, lambda: logged_step(tmp_path) >= 6)
+    job.signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    stopped_at = logged_step(tmp_path)
+    job.signal(signal.SIGCONT)
+    wait_until(job, lambda: logged_step(tmp_path) >= stopped_at + 20)
+    time.sleep(2)  # for a watch that would take it for lost now
+    job.signal(signal.SIGTERM)
+    run(job, code=75)
+
+
 @pytest.mark.parametrize("action", ["sleep", pytest.param("hold", marks=pytest.mark.slow)])
 def test_a_process_that_hangs_is_found(start, tmp_path, action):
     job = start(tmp_path, fault=f"1:batch:7:{action}")
@@ -177,6 +193,16 @@ def test_an_exception_in_one_process_ends_all(start, tmp_path):
     assert "Process 1 of 2" in log_of(tmp_path, 0)
     assert "a bug in the loader" in log_of(tmp_path, 0)
     assert len(read_jsonl(tmp_path / "failures.jsonl")) == 1
+
+
+def test_a_first_save_that_one_process_cannot_read_ends_all(start, tmp_path):
+    said = run(start(tmp_path, 2, fault="1:save:5:unreadable"), EXIT_FAILED)
+    assert f"first checkpoint of this run, {tmp_path}/checkpoints/5, cannot be restored" in said
+    assert "Input/output error" in said and "Traceback" not in said
+    assert "Process 1 of 2" in log_of(tmp_path, 0)
+    assert latest_step(tmp_path) == 0  # no start relies on it
+    run(start(tmp_path, 2))
+    assert "starts at step 0" in log_of(tmp_path, 0).split("is not whole")[1]
 
 
 def test_three_failures_at_one_step_are_enough(start, tmp_path):

@@ -13,8 +13,10 @@ from data_pipelines.bonds import BondType
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import readers
 from data_pipelines.molecules.making.make import make_molecule
+from data_pipelines.molecules.packing import pack_molecules, unpack_molecules
 from data_pipelines.molecules.readers import count_rows, parser, read_rows
-from data_pipelines.molecules.record import Refusal, Row
+from data_pipelines.molecules.readers.sdf import parse_sdf_block
+from data_pipelines.molecules.record import Molecule, Refusal, Row
 from data_pipelines.molecules.writers import WRITERS, Output
 
 h5py = pytest.importorskip("h5py")
@@ -334,7 +336,7 @@ def test_csv_with_faults(tmp_path):
 def test_csv_bytes_that_are_no_utf8_come_out_again(tmp_path):
     content = b"smiles,name\nC,caf\xe9\n"
     rows = csv_rows(tmp_path, content)
-    with Output(tmp_path / "out.csv", tmp_path / "x.csv", {"p": "number"}).open() as out:
+    with Output(tmp_path / "out.csv", tmp_path / "x.csv", {"p": "number"}).open(tmp_path) as out:
         out.write(rows, {"p": [1.5]})
     assert (tmp_path / "out.csv").read_bytes() == b"smiles,name,p\nC,caf\xe9,1.5\n"
 
@@ -558,7 +560,7 @@ def predict(source, out, made):
             for molecule in made
         ],
     }
-    with Output(out, source, NEW).open() as writer:
+    with Output(out, source, NEW).open(out.parent) as writer:
         for k in range(0, len(rows), 4):
             part = slice(k, k + 4)
             chunk = {name: column[part] for name, column in values.items()}
@@ -626,7 +628,7 @@ def test_sdf_and_xyz_keep_the_text_of_the_input(tmp_path, molecules, wanted):
         FILES[name](source, molecules, wanted)
         rows = list(read_rows(source))
         out = tmp_path / f"out-{name}"
-        with Output(out, source, {"p": "number"}).open() as writer:
+        with Output(out, source, {"p": "number"}).open(tmp_path) as writer:
             writer.write(rows, {"p": [1.5] * 6})
         text = out.read_text().replace("> <p>\n1.5\n\n", "").replace(" p=1.5", "")
         assert text == source.read_text().replace(">  <homo>  (", ">  <homo>  (")
@@ -640,7 +642,9 @@ def test_parquet_keeps_its_types(tmp_path):
     )
     parquet.write_table(table, tmp_path / "x.parquet")
     rows = list(read_rows(tmp_path / "x.parquet"))
-    with Output(tmp_path / "o.parquet", tmp_path / "x.parquet", {"p": "number"}).open() as out:
+    with Output(tmp_path / "o.parquet", tmp_path / "x.parquet", {"p": "number"}).open(
+        tmp_path
+    ) as out:
         out.write(rows, {"p": [0.5, None]})
     found = parquet.read_table(tmp_path / "o.parquet")
     assert found.select(["smiles", "n", "l"]).equals(table)
@@ -651,7 +655,9 @@ def test_npz_whose_first_chunks_have_no_values(tmp_path):
     source = tmp_path / "x.csv"
     source.write_text("smiles\n" + "C\n" * 4)
     rows = list(read_rows(source))
-    with Output(tmp_path / "o.npz", source, {"e": "vector", "none": "vector"}).open() as out:
+    with Output(tmp_path / "o.npz", source, {"e": "vector", "none": "vector"}).open(
+        tmp_path
+    ) as out:
         for row, value in zip(rows, [None, None, [1.0, 2.0], None], strict=True):
             out.write([row], {"e": [value], "none": [None]})
     found = np.load(tmp_path / "o.npz", allow_pickle=False)
@@ -676,7 +682,7 @@ def test_an_output_that_was_not_finished_is_not_there(tmp_path):
     source = tmp_path / "x.csv"
     source.write_text("smiles\nC\n")
     with pytest.raises(KeyboardInterrupt):
-        with Output(tmp_path / "o.npz", source, {"p": "number"}).open():
+        with Output(tmp_path / "o.npz", source, {"p": "number"}).open(tmp_path):
             raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
@@ -783,3 +789,46 @@ def test_a_file_that_claims_a_huge_molecule_is_refused_before_it_is_read(tmp_pat
     rows = list(read_rows(tmp_path / "m.npz"))
     assert max(taken) == 2
     np.testing.assert_array_equal([row.positions for row in rows], positions)
+
+
+# What a part of RDKit's sanitization might change: aromatic and charged rings, what it cleans up,
+# ions, radicals, metals, hypervalent atoms.
+_HARD = (
+    "CN(=O)=O CS(=O)(=O)C c1ccc2[nH]ccc2c1 [Fe] [CH3] [O][O] [Na+].[Cl-] C[N+](C)(C)C [C-]#[O+] "
+    "CN=[N+]=[N-] c1ccsc1 O=c1cc[nH]cc1 F[P-](F)(F)(F)(F)F OCl(=O)(=O)=O c1cc[cH-]c1.[Fe+2] [2H]C "
+    "O=[Xe] [O-][n+]1ccccc1 c1ccc[o+]c1 C[Hg]C C/C=C/C C[C@H](F)Cl CN->[Cu]"
+).split()
+
+
+@pytest.mark.parametrize("change", [("", ""), (" C ", " N "), (" C ", " Br"), ("2  0\n", "4  0\n")])
+def test_the_steps_of_sanitization_that_are_left_out_change_nothing(change):
+    from rdkit import Chem
+    from rdkit.Chem import AllChem
+
+    for smiles in _HARD:
+        molecule = Chem.MolFromSmiles(smiles, sanitize=False)  # as a program may have drawn it
+        AllChem.Compute2DCoords(molecule)
+        block = (
+            Chem.MolToMolBlock(molecule, kekulize=False)
+            .replace("     2D", "     3D")
+            .replace(*change, 1)
+        )
+        whole, light = (parse_sdf_block(1, block, smiles=needed) for needed in (True, False))
+        for field in fields(Row):
+            if field.name != "smiles":
+                found, wanted = getattr(light, field.name), getattr(whole, field.name)
+                np.testing.assert_array_equal(found, wanted, err_msg=f"{smiles} {field.name}")
+
+
+def test_packed_molecules_come_back(wanted):
+    made = [make_molecule(row, "file") for row in wanted]
+    given = [made[0], None, *made[1:], None]
+    found = unpack_molecules(pickle.loads(pickle.dumps(pack_molecules(given))))
+    for one, other in zip(found, given, strict=True):
+        assert (one is None) == (other is None)
+        for field in fields(Molecule) if one else ():
+            if field.name != "notes":
+                a, b = getattr(one, field.name), getattr(other, field.name)
+                np.testing.assert_array_equal(a, b)
+                assert np.asarray(a).dtype == np.asarray(b).dtype
+    assert unpack_molecules(pack_molecules([None, None])) == [None, None]

@@ -1,12 +1,15 @@
 """`metrics.jsonl` and the writers: what they hold, also after a resume; that none stops a run."""
 
 import json
+import re
 import threading
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.records import files, writers
 from demetar.records.metrics import Writers
 from demetar.training.progress import Progress
@@ -47,6 +50,21 @@ def test_metrics_file_has_these_bytes(tmp_path):
         '{"step": 2, "split": "train", "loss": 0.5, "learning_rate": 0.001}\n'
         '{"step": 2, "split": "validation", "homo_mae": 0.25, "score": 0.5}\n'
     )
+
+
+def test_json_is_written_in_one_place_and_never_with_nan():
+    """A reader of JSON in another language refuses the whole file for one NaN."""
+    content = {"a": [float("nan"), 1.5, (float("-inf"), "b")], "c": {"d": float("inf")}}
+    text = json_text(content, indent=1)
+    refuse = lambda word: pytest.fail(word)
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": [None, 1.5, [None, "b"]],
+        "c": {"d": None},
+    }
+    rooms = ("demetar", "data_pipelines", "benchmarks", "configs")
+    sources = [file for room in rooms for file in (REPOSITORY / room).rglob("*.py")]
+    writers = [file.name for file in sources if re.search(r"json\.dumps?\(", file.read_text())]
+    assert writers == ["json_text.py"]
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path):

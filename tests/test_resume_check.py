@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import random
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import REPOSITORY, TINY
@@ -21,9 +23,10 @@ from demetar.exits import (
     Preempted,
 )
 from demetar.job.job import Job
-from demetar.tools import local_job, random_kills
+from demetar.tools import local_job
+from demetar.tools.fault_kinds import FAULTS
 from demetar.tools.local_job import LocalJob
-from demetar.tools.random_kills import EXACT
+from demetar.tools.random_faults import EXACT, throw
 from demetar.tools.resume_check import Comparison, RunFailed, compare, finish
 from demetar.train import train_and_evaluate
 
@@ -43,34 +46,46 @@ def command(runner, module, *arguments, **environment):
 
 
 def test_both_commands_on_runs_that_are_exact(runner):
-    """Dropout and bfloat16, compiled as for a user; then a kill at a drawn moment."""
+    """Dropout and bfloat16, compiled as for a user; then faults at drawn moments."""
     flags = ["--config=configs/qm9.py:smoke", *TINY["qm9.py:smoke"], "--config.model.dropout=0.1"]
     flags += ["--config.model.edge_layers=0", "--config.model.node_layers=0"]
     flags += ["--config.model.dtype=bfloat16", "--config.train.eval_every=10", "--steps=8"]
     verifies = command(runner, "demetar.verify_resume", *flags, XLA_FLAGS="")
-    flags = [f"--config=configs/{SMALLEST}", "--config.train.num_steps=150", "--steps=150"]
-    kills = command(runner, "demetar.chaos", *flags, "--kills=1", "--cpu=1")
+    flags = [f"--config=configs/{SMALLEST}", "--config.train.num_steps=400", "--steps=400"]
+    flags += ["--config.cluster.lost_seconds=5"]
+    faults = command(runner, "demetar.chaos", *flags, "--faults=3", "--cpu=1")
     said, errors = verifies.communicate(timeout=280)
     assert verifies.returncode == EXIT_DONE, said + errors
     assert "verdict               EXACT: wanted bit for bit" in said
-    said, errors = kills.communicate(timeout=280)
-    assert kills.returncode == EXIT_DONE, said + errors
+    said, errors = faults.communicate(timeout=280)
+    assert faults.returncode == EXIT_DONE, said + errors
     found = json.loads(said)
     assert found["verdict"] == EXACT and found["same_graphs"] and found["same_state"]
-    [kill] = found["attempts"]
-    assert kill["exit_codes"] == [-9] and not kill["finished_before"]
-    assert 0 <= kill["resumes_from"] < 150
+    assert found["not_as_promised"] == [] and sum(found["kinds"].values()) == 3
+    assert "nobody watches it" in found["left_out"]["stop"]
+    assert all(0 <= fault["newest_whole"] < 400 for fault in found["thrown"])
+
+
+class EndedJob:
+    """Of one process, which has ended with `code` before anything was thrown at it."""
+
+    def __init__(self, code):
+        self.processes = [types.SimpleNamespace(poll=lambda: code, returncode=code)]
+
+    wait = signal = lambda self, *_: None
 
 
 @pytest.mark.parametrize("code", [EXIT_DONE, EXIT_PREEMPTED])
-def test_a_run_that_ended_by_itself_is_not_taken_for_killed(code, tmp_path, monkeypatch):
-    kill = {"victim": 0, "phases": [], "finished_before": True, "exit_codes": [code]}
-    kill |= {"others_ended_after_s": 0.0, "resumes_from": 10}
-    monkeypatch.setattr(random_kills, "run_to", lambda *_: None)
-    monkeypatch.setattr(random_kills, "finish", lambda *_: None)
-    monkeypatch.setattr(random_kills, "kill_once", lambda *_: kill)
-    with pytest.raises(UserError, match="ended after 1 kills: choose more --steps"):
-        random_kills.chaos(tmp_path, [], kills=3, steps=10, count=1, seed=0)
+def test_a_run_that_ended_by_itself_is_not_taken_for_killed(code, tmp_path):
+    with pytest.raises(UserError, match="ended after 1 faults: choose more --steps"):
+        throw(lambda: EndedJob(code), tmp_path, None, list(FAULTS), 3, random.Random(0), 5.0)
+
+
+def test_a_run_that_fails_without_a_fault_is_not_as_promised(tmp_path):
+    start = lambda: EndedJob(EXIT_FAILED)
+    [fault], _ = throw(start, tmp_path, None, list(FAULTS), 1, random.Random(0), 5.0)
+    assert fault["kind"] == "none" and not fault["as_promised"]
+    assert fault["exit_codes"] == [EXIT_FAILED]
 
 
 # --- what is the same ----------------------------------------------------------------------------
@@ -128,7 +143,7 @@ def test_not_exact_ends_with_1(monkeypatch, capsys):
     monkeypatch.setattr(verify_resume, "verify", lambda *_: differs)
     assert verify_resume.main(["--config=qm9:smoke"]) == EXIT_FAILED
     assert "NOT EXACT" in capsys.readouterr().out
-    monkeypatch.setattr(chaos, "chaos", lambda *_: {"verdict": "DIFFERS"})
+    monkeypatch.setattr(chaos, "chaos", lambda *_, **__: {"verdict": "DIFFERS"})
     assert chaos.main(["--config=qm9:smoke", "--steps=40"]) == EXIT_FAILED
 
 
@@ -143,7 +158,7 @@ def test_not_exact_ends_with_1(monkeypatch, capsys):
         (verify_resume.main, ["--config=qm9:smoke", "--stepz=9"], "Did you mean '--steps'"),
         (chaos.main, ["--config=qm9:smoke", "--config.seeed=1"], "config.seed"),
         (chaos.main, ["--config=qm9:smoke"], "200 steps .*num_steps is 40"),
-        (chaos.main, ["--config=qm9:smoke", "--kills=0"], "at least 1"),
+        (chaos.main, ["--config=qm9:smoke", "--faults=0"], "at least 1"),
     ],
 )
 def test_a_mistake_ends_with_2_before_anything_runs(main, arguments, message, monkeypatch, capsys):

@@ -9,18 +9,19 @@ import re
 import shutil
 import signal
 
+import jax
 import pytest
 from conftest import REPOSITORY, TINY, wait_for_steps
 
 from data_pipelines.errors import UserError
 from demetar import checkpoints as checkpoints_command
 from demetar.config.command_line import load_config
-from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, FilesGone
+from demetar.exits import EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, FilesGone, NotRestorable
 from demetar.job.job import Job
 from demetar.job.watch import Watch
 from demetar.records.files import read_json, read_jsonl
 from demetar.train import check_files, train_and_evaluate
-from demetar.training import checkpoints as checkpoints_module
+from demetar.training import manifest
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
@@ -146,10 +147,63 @@ def test_killed_interrupted_and_damaged_it_is_the_same_run(runner, finished, tmp
         assert result(tmp_path)[key] == result(finished)[key], key
 
 
-def test_evaluate_repeats_the_result_from_the_folder_alone(runner, finished):
-    said = runner.start(finished, module="demetar.evaluate").communicate(timeout=200)[0]
-    again, first = json.loads(said), result(finished)
+def evaluated(runner, workdir):
+    """What `demetar evaluate` prints of a run, in a process that has one device."""
+    return json.loads(runner.start(workdir, module="demetar.evaluate").communicate(timeout=200)[0])
+
+
+def test_evaluate_repeats_the_result_from_the_folder_alone(runner, tmp_path):
+    steps = ["--config.train.num_steps=12", "--config.train.eval_every=6"]
+    runner.run(tmp_path, "--config.mesh.cpu_devices=1", *steps)
+    again, first = evaluated(runner, tmp_path), result(tmp_path)
     assert again["targets"] == first["targets"] and again["count"] == first["count"]
+
+
+def test_evaluate_needs_one_device_whatever_the_run_had(runner, finished, half):
+    """Only the order of sums differs; what evaluate cannot set, it does not ask for."""
+    saved = read_json(half / "config.json")
+    saved["config"]["mesh"] |= {"data": 2, "fsdp": 2, "cpu_devices": 0}  # as four GPUs leave it
+    (half / "config.json").write_text(json.dumps(saved))
+    again, first = (
+        found["targets"]["homo"] for found in (evaluated(runner, half), result(finished))
+    )
+    assert again["mae"] == pytest.approx(first["mae"], rel=1e-6)
+
+
+# --- the first save -------------------------------------------------------------------------------
+
+
+def _first_save_fails(config_of, workdir, message):
+    config = config_of(checkpoint__every_steps=3)
+    with pytest.raises(
+        NotRestorable, match=f"first checkpoint of this run, .*/3, {message}"
+    ) as end:
+        train_and_evaluate(config, workdir, Job.alone())
+    assert end.value.exit_code == EXIT_FAILED
+    assert not list(workdir.glob("checkpoints/*/manifest.json"))  # no start relies on it
+
+
+def test_a_first_save_that_the_disk_lost_stops_the_run(tmp_path, config_of, monkeypatch):
+    """A stand-in for a disk that keeps nothing: the largest file is cut before it is read."""
+    meta = Checkpoints.meta
+
+    def meta_of_a_cut_file(self, step):
+        largest_file(tmp_path / "checkpoints" / str(step)).write_bytes(b"")
+        return meta(self, step)
+
+    monkeypatch.setattr(Checkpoints, "meta", meta_of_a_cut_file)
+    _first_save_fails(config_of, tmp_path, "cannot be restored: ")
+
+
+def test_a_first_save_that_is_read_as_another_state_stops_the_run(tmp_path, config_of, monkeypatch):
+    restore = Checkpoints.restore
+
+    def other(self, step, abstract_state):
+        state = restore(self, step, abstract_state)
+        return state.replace(ema=jax.tree.map(lambda x: x + 1e-6, state.ema))
+
+    monkeypatch.setattr(Checkpoints, "restore", other)
+    _first_save_fails(config_of, tmp_path, "is restored as another state")
 
 
 # --- a folder that has a run ---------------------------------------------------------------------
@@ -220,14 +274,14 @@ def test_damaged_checkpoint_falls_back_and_says_so(half, damage, reason, capsys)
 
 
 def test_a_checkpoint_that_the_disk_does_not_give_is_set_aside(half, monkeypatch, capsys):
-    read = checkpoints_module._files
+    read = manifest._files
 
     def files(folder):
         if folder.name == "40":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return read(folder)
 
-    monkeypatch.setattr(checkpoints_module, "_files", files)
+    monkeypatch.setattr(manifest, "_files", files)
     assert Checkpoints(half, 2, Job.alone()).latest_step() == 35
     assert "it cannot be read: [Errno 5]" in capsys.readouterr().err
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -21,6 +20,7 @@ import numpy as np
 
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.json_text import json_text
 from data_pipelines.molecules import readers
 from data_pipelines.molecules.making.geometry import GEOMETRIES
 from data_pipelines.molecules.making.identity import identity_key, scaffold
@@ -101,7 +101,7 @@ def load(request: Request, cache_dir: str = "") -> tuple[OwnMolecules, dict]:
     identity = [_PREPARATION_VERSION, hashes, request.geometry, request.smiles]
     identity += [[(c.name, c.unit) for c in request.targets], request.group, request.part]
     identity += [request.scaffolds]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json_text(identity).encode()).hexdigest()[:12]
     name = pathlib.Path(request.paths[0]).name.partition(".")[0]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "molecules" / f"{name}-{key}"
     build = functools.partial(_build, request, hashes, folder.parent / f"{folder.name}.parts")

@@ -2,13 +2,13 @@
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 
 import numpy as np
 
 from data_pipelines.dataset import PARTS
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from data_pipelines.nbody.protocols import Protocol
 from data_pipelines.nbody.simulation import draw_all, simulate_all
 from data_pipelines.prepared import default_cache_dir, prepare, write
@@ -48,7 +48,7 @@ def load(
       cache_dir: of prepared folders; "": the user's.
       target_velocity: whether velocities at the target are kept too, in a folder of its own.
     """
-    text = f"{_PREPARATION_VERSION}:{json.dumps(protocol.to_json())}"
+    text = f"{_PREPARATION_VERSION}:{json_text(protocol.to_json())}"
     text += ":target_velocity" if target_velocity else ""
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "nbody" / key

@@ -8,6 +8,7 @@ import dataclasses
 import json
 
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.json_text import json_text
 
 DT = 0.001  # of the simulator, its unit of time
 SAMPLE_EVERY = 100  # steps between the frames of the official files
@@ -47,7 +48,7 @@ class Protocol:
     def to_json(self) -> dict:
         """What decides the numbers, as JSON."""
         fields = dataclasses.asdict(self)
-        return json.loads(json.dumps({key: fields[key] for key in fields if key != "about"}))
+        return json.loads(json_text({key: fields[key] for key in fields if key != "about"}))
 
     @property
     def horizon(self) -> float:

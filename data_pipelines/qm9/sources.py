@@ -198,10 +198,21 @@ def _check_size(name: str, size: int) -> None:
         )
 
 
+class _Member(tarfile.TarInfo):
+    """Member of an archive. Long names and other remarks, which tarfile reads whole, are short."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        found = super().frombuf(buf, encoding, errors)
+        if not found.isreg():
+            _check_size(f"A header of the archive ({found.name})", found.size)
+        return found
+
+
 def _raw_archive(file: pathlib.Path) -> Iterator[tuple[str, str]]:
     # Members are read as streams and never extracted: no path of the archive touches the disk.
     try:
-        with tarfile.open(file) as archive:
+        with tarfile.open(file, tarinfo=_Member) as archive:
             for member in archive:
                 if member.isfile() and member.name.endswith(".xyz"):
                     _check_size(f"{file}:{member.name}", member.size)

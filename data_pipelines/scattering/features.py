@@ -12,7 +12,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -23,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError, check_known
+from data_pipelines.json_text import json_text
 from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.scattering.transform import Scattering, coefficients
 
@@ -122,7 +122,7 @@ def make_scattering(options) -> Scattering:
 
 def _key(scattering: Scattering, molecules) -> str:
     """Names a preparation after what it is made from: options, atoms and positions."""
-    text = f"{_VERSION}:{json.dumps(dataclasses.asdict(scattering))}"
+    text = f"{_VERSION}:{json_text(dataclasses.asdict(scattering))}"
     digest = hashlib.sha256(text.encode())
     digest.update(molecules.node_offset.astype("<i8").tobytes())
     digest.update(molecules.atomic_number.astype("<i4").tobytes())

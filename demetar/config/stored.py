@@ -53,6 +53,16 @@ def from_json(fields: Mapping) -> ml_collections.ConfigDict:
         raise UserError(f"This config was saved by another version of demetar: {error}") from error
 
 
+def on_one_device(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config for one device, whatever mesh it was trained on: to evaluate, compare, predict.
+
+    How many devices a run had is of its training; what it has learned does not depend on it.
+    """
+    config = config.copy_and_resolve_references()
+    config.mesh.update({"data": 1, "fsdp": 1, "model": 1, "cpu_devices": 0})
+    return config.lock()
+
+
 def real_dtype(config: ml_collections.ConfigDict) -> np.dtype:
     """Type of positions, labels and parameters: float32, or float64 if the model computes so."""
     return np.dtype(np.float64 if config.model.dtype == "float64" else np.float32)

@@ -6,7 +6,6 @@ is known better than float32 can say.
 """
 
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_pipelines.batch_plan import Bucket
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.graph import Graph
+from data_pipelines.json_text import json_text
 from demetar.config.stored import real_dtype
 from demetar.inference.graphs import bucket_of
 from demetar.inference.package import Package
@@ -92,7 +92,7 @@ def export(
         "charges": package.card["charges"],
         "licence": package.card["licence"],
     }
-    destination.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    destination.with_suffix(".json").write_text(json_text(card, indent=1) + "\n")
     return card
 
 

@@ -26,8 +26,9 @@ from data_pipelines.molecules.record import Molecule, Refusal, Row
 from data_pipelines.targets import Target
 from demetar.config.stored import real_dtype
 from demetar.inference import graphs, inputs
+from demetar.inference.card import CARD
 from demetar.inference.domain import KEPT, Domain
-from demetar.inference.package import CARD, Package, read
+from demetar.inference.package import Package, read
 from demetar.inference.programs import Programs
 
 # A molecule of more than this times as many atoms as the largest that was trained on is refused:
@@ -355,7 +356,7 @@ def batch_size_for(number: int) -> int:
     On a CPU the activations of a small batch stay in the caches, but each batch costs the host
     time.
     """
-    many = 64 if jax.local_devices()[0].platform == "cpu" else 256
+    many = 128 if jax.local_devices()[0].platform == "cpu" else 256
     return 1 if number < 16 else 32 if number < 8 * many else many
 
 

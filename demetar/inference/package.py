@@ -9,7 +9,6 @@ is executed or unpickled, and a zip is read in memory, never unpacked.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
 import json
 import pathlib
@@ -24,18 +23,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from data_pipelines.errors import UserError, suggest
+from data_pipelines.json_text import json_text
 from data_pipelines.targets import Target
 from demetar.config import stored
+from demetar.inference.card import CARD, FORMAT, check_card
 from demetar.models import create_model
 from demetar.models.base import GraphModel
-from demetar.records.files import finite
 from demetar.training.objective import Normalization
 
-WEIGHTS, CARD = "weights.safetensors", "model.json"
+WEIGHTS = "weights.safetensors"
 SHIPPED = pathlib.Path(__file__).parents[1] / "weights"
-FORMAT = 1  # raise it when a card of before cannot be read
-# What a card keeps of `result.json`.
-_RESULT = ("split_name", "step", "count", "targets", "validation_score", "seed", "git_commit")
 _LARGEST = {WEIGHTS: 4 << 30, CARD: 64 << 20}  # bytes: more is no model of ours
 _RATIO = 20  # of a member of a zip to its compressed size
 _DOMAIN = "domain."  # before the names of arrays that are no weights
@@ -175,6 +172,7 @@ def _opened(name: str, where: pathlib.Path, files: dict[str, bytes]) -> Package:
             f"{where}: {WEIGHTS} is damaged: SHA-256 {found[:12]}…, but its {CARD} says "
             f"{expected[:12]}…. Get the model again."
         )
+    check_card(card, where)
     try:
         arrays = load(files[WEIGHTS])
     except SafetensorError as error:
@@ -187,60 +185,6 @@ def _opened(name: str, where: pathlib.Path, files: dict[str, bytes]) -> Package:
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def _geometry_of(passport: dict) -> str:
-    """How the positions of these molecules were made; QM9's passport says more about it."""
-    geometry = passport.get("geometry", "file")
-    return geometry["kind"] if isinstance(geometry, dict) else geometry
-
-
-def describe(experiment, result: Mapping[str, Any], licence: str = "") -> dict[str, Any]:
-    """The card of a model, but for the hash of its weights.
-
-    Args:
-      experiment: it was trained in.
-      result: what is known of its errors, as `result.json` has it; may be empty.
-      licence: of the weights, as its owner words it.
-    """
-    dataset, arrays, config = experiment.dataset, experiment.arrays, experiment.config
-    passport, train, sizes = dataset.passport, dataset.split["train"], arrays.sizes
-    saved = stored.to_json(config)
-    saved["mesh"] |= {"data": -1, "fsdp": 1, "model": 1, "cpu_devices": 0}  # of any machine
-    saved["data"] |= {"cache_dir": ""}
-    are_molecules = dataset.items == "molecules"
-    edges = None
-    if are_molecules:
-        edges = {"kind": config.data.edges, "cutoff": config.data.edge_cutoff}
-    inputs = ("velocity", "charge", "node_feature", "graph_feature")
-    return {
-        "format": FORMAT,
-        "items": dataset.items,
-        "elements": [int(z) for z in dataset.elements],
-        "largest": {
-            "nodes": int(sizes.num_nodes[train].max()),
-            "edges": int(sizes.num_edges[train].max()),
-        },
-        "targets": [dataclasses.asdict(target) for target in experiment.objective.targets],
-        "normalizations": {
-            name: dataclasses.asdict(row) for name, row in experiment.normalizations.items()
-        },
-        "references": {
-            name: {str(z): float(x) for z, x in row.items()}
-            for name, row in dataset.references.items()
-        },
-        "edges": edges,
-        "all_pairs": bool((sizes.num_edges == sizes.num_nodes * (sizes.num_nodes - 1) // 2).all()),
-        "geometry": _geometry_of(passport) if are_molecules else "",
-        "charges": sorted(int(charge) for charge in passport.get("charges", {0: 0})),
-        "inputs": [name for name in inputs if getattr(arrays, name) is not None],
-        "facts": dict(dataset.model_facts),
-        "result": {key: result[key] for key in _RESULT if key in result},
-        "licence": licence,
-        "versions": {name: importlib.metadata.version(name) for name in ("demetar", "jax", "flax")},
-        "passport": passport,
-        "config": saved,
-    }
 
 
 def with_hash(package: Package) -> Package:
@@ -268,7 +212,7 @@ def write(package: Package, destination: pathlib.Path) -> Package:
     if destination.exists():
         raise UserError(f"{destination} exists already: choose another name, or delete it.")
     card = with_hash(package).card
-    files = {WEIGHTS: _weights(package), CARD: (json.dumps(finite(card), indent=1) + "\n").encode()}
+    files = {WEIGHTS: _weights(package), CARD: (json_text(card, indent=1) + "\n").encode()}
     building = destination.with_name(f".{destination.name}.building")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)

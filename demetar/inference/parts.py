@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.molecules.packing import pack_molecules, unpack_molecules
 from data_pipelines.molecules.record import Molecule
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(Molecule))
-_ARRAYS = {"atomic_numbers": (np.uint8, ()), "positions": (np.float32, (3,))}
-_ARRAYS |= {"bonds": (np.uint16, (3,))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +28,8 @@ class Part:
         arrays = {}
         for name, values in self.columns.items():
             arrays |= _packed(f"column.{name}", values)
-        arrays["kept"] = np.array([m is not None for m in self.molecules], bool)
-        molecules = [m for m in self.molecules if m is not None]
-        for name in _FIELDS:
-            values = [getattr(m, name) for m in molecules]
-            if name == "notes":  # of no use in an output
-                continue
-            if name in _ARRAYS:
-                arrays |= _packed(f"molecule.{name}", values)
-            else:
-                arrays[f"molecule.{name}"] = np.array(values)
+        packed = pack_molecules(self.molecules)
+        arrays |= {f"molecule.{name}": values for name, values in packed.items()}
         building = file.with_name(f"building-{file.name}")
         np.savez(building, **arrays)
         building.rename(file)
@@ -58,18 +47,12 @@ class Part:
             if n.startswith("column.") and n.endswith(".given")
         ]
         columns = {name: _unpacked(f"column.{name}", arrays) for name in names}
-        fields = [name for name in _FIELDS if name != "notes"]
-        values = {}
-        if arrays["kept"].any():
-            for name in fields:
-                found = _unpacked(f"molecule.{name}", arrays)
-                values[name] = found if name in _ARRAYS else found.tolist()
-        rows = iter(zip(*values.values(), strict=True))
-        molecules = [
-            Molecule(**dict(zip(fields, next(rows), strict=True))) if kept else None
-            for kept in arrays["kept"]
-        ]
-        return cls(columns, molecules)
+        packed = {
+            name.removeprefix("molecule."): values
+            for name, values in arrays.items()
+            if name.startswith("molecule.")
+        }
+        return cls(columns, unpack_molecules(packed))
 
 
 _PARTS_OF_LISTS = (".given", ".sizes", ".values")

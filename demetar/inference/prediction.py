@@ -1,7 +1,7 @@
 """Predictions for a whole file: chunk by chunk, resumable, in the order of the input.
 
     rows --made into molecules, on all cores--> Model --> OUT.parts/000012.npz
-    rows again + parts, in order -----------------------> OUT
+    rows again + parts, in order, as they come ---------> OUT
 
 A chunk is 8,192 rows; its part holds what was predicted, and is whole or absent. After a kill the
 same command goes on with the chunks that are missing, and the output has the same bytes. Several
@@ -24,8 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from data_pipelines.molecules import readers, writers
 from data_pipelines.molecules.making.make import make_molecule
+from data_pipelines.molecules.packing import pack_molecules, unpack_molecules
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Refusal, Row
 from demetar.inference import inputs
@@ -35,7 +37,7 @@ from demetar.job.place import Place
 
 ROWS_OF_A_CHUNK = 8_192
 _ROWS_OF_A_BLOCK = 64  # that a worker gets at once
-_BLOCKS_AHEAD = ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while the devices compute
+_BLOCKS_AHEAD = 2 * ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while the devices compute
 _LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -114,13 +116,14 @@ def predict_file(request: Prediction, place: Place) -> Counter:
     """
     output = writers.Output(request.out, request.path, request.columns)
     _begin(request, place)
-    counts = _predict(request, lambda chunk: chunk % place.count == place.process)
     if place.process:
-        return counts
-    if place.count > 1:
-        _wait_for_others(request)
-        _predict(request, lambda chunk: True)  # what a lost process has left
-    counts = _write(request, output)
+        return _predict(request, lambda chunk: chunk % place.count == place.process, iter(()))
+    counts = Counter()
+    with output.open(request.parts) as out:
+        writing = _write(request, out, counts)
+        _predict(request, lambda chunk: chunk % place.count == 0, writing)
+        if place.count > 1 and not _others_come(request, writing):
+            _predict(request, lambda chunk: True, writing)  # what a lost process has left
     shutil.rmtree(request.parts)
     return counts
 
@@ -131,7 +134,7 @@ def _begin(request: Prediction, place: Place) -> None:
     if place.process == 0 and not file.exists():
         request.parts.mkdir(parents=True, exist_ok=True)
         building = file.with_suffix(".building")
-        building.write_text(json.dumps(identity))
+        building.write_text(json_text(identity))
         building.rename(file)
     deadline = time.monotonic() + _LOST_SECONDS
     while not file.exists():
@@ -148,8 +151,13 @@ def _begin(request: Prediction, place: Place) -> None:
 # --- predicting ----------------------------------------------------------------------------------
 
 
-def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
-    """Writes the parts of the wanted chunks that are missing; their statuses."""
+def _predict(
+    request: Prediction, wanted: Callable[[int], bool], writing: Iterator[None]
+) -> Counter:
+    """Writes the parts of the wanted chunks that are missing; their statuses.
+
+    `writing` of `_write` goes on after each: while this core writes, the others make molecules.
+    """
     model, seen = request.model, set()
     blocks = _blocks(request, lambda chunk: wanted(chunk) and not request.part(chunk).exists())
     make = functools.partial(
@@ -159,14 +167,16 @@ def _predict(request: Prediction, wanted: Callable[[int], bool]) -> Counter:
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
         made = map_rows(make, blocks, chunk=1, ahead=_BLOCKS_AHEAD)
         for chunk, group in itertools.groupby(made, key=lambda block: block[0]):
-            rows = [row for _, block in group for row in block]
+            rows = [row for _, *block in group for row in _unpacked(*block)]
             part = _predicted(request, rows)
             part.save(request.part(chunk))
             counts += Counter(part.columns["status"].tolist())
             geometries = set(part.columns["geometry"].tolist()) - {""} - seen
             model.warn_of_geometry(geometries)
             seen |= geometries
+            next(writing, None)
             bar.update(len(rows))
+    next(writing, None)
     return counts
 
 
@@ -186,11 +196,19 @@ def _chunks(request: Prediction) -> Iterator[tuple[int, Iterator[Row]]]:
 
 
 def _make(parse, geometry: str, trained_on: str, block: tuple[int, list[Row]]):
-    """In a worker: (chunk, [(row number, molecule or refusal)])."""
+    """In a worker: (chunk, numbers of its rows, packed molecules, the others' refusals)."""
     chunk, rows = block
     rows = [parse(row) for row in rows]  # all, then all are made: the code stays in the caches
-    made = (make_molecule(r, geometry or inputs.geometry_for(r, trained_on)) for r in rows)
-    return chunk, [(row.number, found) for row, found in zip(rows, made, strict=True)]
+    made = [make_molecule(r, geometry or inputs.geometry_for(r, trained_on)) for r in rows]
+    packed = pack_molecules([m if isinstance(m, Molecule) else None for m in made])
+    return chunk, [row.number for row in rows], packed, [m for m in made if isinstance(m, Refusal)]
+
+
+def _unpacked(numbers: list[int], packed: dict, refusals: list[Refusal]):
+    """[(row number, molecule or refusal)] of what `_make` returns."""
+    others = iter(refusals)
+    made = (next(others) if m is None else m for m in unpack_molecules(packed))
+    return zip(numbers, made, strict=True)
 
 
 def _predicted(request: Prediction, rows: list[tuple[int, Molecule | Refusal]]) -> Part:
@@ -207,9 +225,11 @@ def _predicted(request: Prediction, rows: list[tuple[int, Molecule | Refusal]]) 
         if target.per_node:
             ends = np.cumsum([len(m.atomic_numbers) for m in molecules])[:-1]
             column = np.split(column, ends) if molecules else []
-        for k, value in zip(good, column, strict=True):
-            if not np.isfinite(value).all():
-                said[k] = Refusal("nonfinite", f"{model.name} gives no finite {target.name}.")
+            finite = np.array([np.isfinite(value).all() for value in column], bool)
+        else:
+            finite = np.isfinite(column)
+        for k in np.array(good, int)[~finite]:
+            said[k] = Refusal("nonfinite", f"{model.name} gives no finite {target.name}.")
         columns[f"{target.name}_pred"] = _spread(column, good, len(rows), target.per_node)
     if request.embeddings:
         if embedding is None and good:
@@ -225,14 +245,20 @@ def _predicted(request: Prediction, rows: list[tuple[int, Molecule | Refusal]]) 
     )
     columns["status"] = np.array([r.status if r else "ok" for r in said], np.str_)
     columns["message"] = np.array([r.message if r else "" for r in said], np.str_)
-    kept = [m if isinstance(m, Molecule) and request.keeps_atoms else None for m in made]
-    return Part(columns, kept)
+    if request.keeps_atoms:
+        return Part(columns, [m if isinstance(m, Molecule) else None for m in made])
+    return Part(columns, [])
 
 
 def _spread(values, places: list[int], number: int, as_list: bool = False):
     """Values of some rows as one of each: NaN, or None in a list, where there is none."""
-    spread = [None] * number if as_list else np.full(number, np.nan)
-    for place, value in zip(places, [] if values is None else values, strict=True):
+    values = [] if values is None else values
+    if not as_list:
+        spread = np.full(number, np.nan)
+        spread[places] = values
+        return spread
+    spread = [None] * number
+    for place, value in zip(places, values, strict=True):
         spread[place] = value
     return spread
 
@@ -240,26 +266,28 @@ def _spread(values, places: list[int], number: int, as_list: bool = False):
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _wait_for_others(request: Prediction) -> None:
-    """Until all parts are there, or none came for too long."""
-    number = 1 + max(chunk for chunk, _ in _chunks(request))
-    found, since = -1, time.monotonic()
-    while (there := len(list(request.parts.glob("[0-9]*.npz")))) < number:
-        if there > found:
+def _write(request: Prediction, out: writers.Writer, counts: Counter) -> Iterator[None]:
+    """Writes the output, chunk by chunk; yields while the next is not predicted yet.
+
+    The statuses of what is written are added to `counts`.
+    """
+    parse = readers.parser(request.path, "all" if request.keeps_atoms else "columns")
+    for chunk, rows in _chunks(request):
+        while not request.part(chunk).exists():
+            yield
+        part = Part.load(request.part(chunk))
+        out.write([parse(row) for row in rows], part.columns, part.molecules)
+        counts.update(part.columns["status"].tolist())
+
+
+def _others_come(request: Prediction, writing: Iterator[None]) -> bool:
+    """Writes until all is written; False if no new part came for too long."""
+    found, since, nothing = -1, time.monotonic(), object()
+    while next(writing, nothing) is not nothing:
+        if (there := len(list(request.parts.glob("[0-9]*.npz")))) > found:
             found, since = there, time.monotonic()
         if time.monotonic() - since > _LOST_SECONDS:
-            print(f"{number - there} chunks of other processes do not come: predicting them here.")
-            return
+            print("Chunks of other processes do not come: predicting them here.")
+            return False
         time.sleep(0.5)
-
-
-def _write(request: Prediction, output: writers.Output) -> Counter:
-    """Writes the output; the statuses of all rows."""
-    counts, path = Counter(), request.path
-    parse = readers.parser(path, "all" if request.keeps_atoms else "columns")
-    with output.open() as out:
-        for chunk, rows in tqdm(_chunks(request), "Writing", unit=" chunks"):
-            part = Part.load(request.part(chunk))
-            out.write([parse(row) for row in rows], part.columns, part.molecules)
-            counts += Counter(part.columns["status"].tolist())
-    return counts
+    return True

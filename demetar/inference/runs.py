@@ -5,12 +5,12 @@ import json
 import pathlib
 
 import jax
-import ml_collections
 
 from data_pipelines.errors import UserError
 from demetar.config import stored
+from demetar.inference.card import describe
 from demetar.inference.model import Model
-from demetar.inference.package import Package, describe, with_hash, write
+from demetar.inference.package import Package, with_hash, write
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.experiment import Experiment, build_experiment
@@ -24,10 +24,9 @@ def package_of_run(workdir: pathlib.Path, licence: str = "") -> tuple[Package, E
       licence: of the weights.
     """
     step, params, saved = read_best(workdir)
-    config = ml_collections.ConfigDict(stored.from_json(saved["config"]))
-    config.mesh.update({"data": 1, "fsdp": 1, "model": 1, "cpu_devices": 0})
+    config = stored.on_one_device(stored.from_json(saved["config"]))
     with jax.enable_x64(stored.real_dtype(config) == "float64"):
-        experiment = build_experiment(config.lock(), jax.local_devices()[:1])
+        experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
     result = {"step": step}
     if (workdir / "result.json").exists():

@@ -1,10 +1,11 @@
 """What all processes of a job must have in common, and what to say where they do not."""
 
 import hashlib
-import json
 import pathlib
 
 import jax
+
+from data_pipelines.json_text import json_text
 
 
 def code_sha256() -> str:
@@ -24,7 +25,7 @@ def odd_one_out(told: list[dict]) -> str:
       told: by each process, in their order: name -> JSON. All have the same names.
     """
     for name in told[0]:
-        values = [json.dumps(facts[name], sort_keys=True) for facts in told]
+        values = [json_text(facts[name], sort_keys=True) for facts in told]
         most = max(values, key=values.count)
         odd = [n for n, value in enumerate(values) if value != most]
         if odd:

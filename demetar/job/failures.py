@@ -4,9 +4,9 @@ Being killed, lost or preempted never counts: a process that is killed writes no
 what the machine or the user is to blame for, such as a full disk.
 """
 
-import json
 import pathlib
 
+from data_pipelines.json_text import json_text
 from demetar.exits import EXIT_FAILED, EXIT_NO_PROGRESS, NoProgress
 from demetar.records import files
 
@@ -42,7 +42,7 @@ def count_failure(
     line |= {"error": f"{type(error).__name__}: {error}"[:500]}
     try:
         with (workdir / "failures.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json_text(line) + "\n")
     except OSError:
         return EXIT_FAILED
     attempts = {x["attempt"] for x in _read(workdir) if x["step"] == step}

@@ -32,6 +32,7 @@ import ml_collections
 from jax._src import distributed
 
 from data_pipelines.errors import UserError, machine_fault
+from data_pipelines.json_text import json_text
 from demetar.exits import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_USER_ERROR, Preempted
 from demetar.job import failures
 from demetar.job.abort import on_abort
@@ -40,6 +41,8 @@ from demetar.job.place import Place
 from demetar.job.signals import Interruption
 from demetar.job.watch import UNWATCHED, Unwatched, Watch
 from demetar.records import log
+
+_JAX_HEARTBEAT = 600  # seconds of silence that JAX bears at least
 
 
 class Job:
@@ -112,8 +115,9 @@ class Job:
             place.process,
             cluster_detection_method=place.method,
             initialization_timeout=config.start_seconds,
-            # Ours names the process: it should be the first to speak.
-            heartbeat_timeout_seconds=int(config.lost_seconds * 1.5) + 5,
+            # Ours names the process, so it should be the first to speak; and JAX's ends a job that
+            # was only stopped as a whole for longer than this, as a machine that sleeps is.
+            heartbeat_timeout_seconds=max(_JAX_HEARTBEAT, int(config.lost_seconds * 1.5) + 5),
             shutdown_timeout_seconds=10,
         )
 
@@ -152,7 +156,7 @@ class Job:
           facts: name -> JSON; config, data passport, code, batch plan, checkpoint.
         """
         if self.count > 1:
-            self._client.key_value_set(f"demetar/facts/{self.process}", json.dumps(facts))
+            self._client.key_value_set(f"demetar/facts/{self.process}", json_text(facts))
             if self.is_main:
                 told = [json.loads(self._get(f"demetar/facts/{n}")) for n in range(self.count)]
                 self._client.key_value_set("demetar/verdict", odd_one_out(told))
@@ -186,7 +190,7 @@ class Job:
         if self.count == 1:
             return value
         if self.is_main:
-            self._client.key_value_set(f"demetar/{name}", json.dumps(value))
+            self._client.key_value_set(f"demetar/{name}", json_text(value))
         return json.loads(self._get(f"demetar/{name}"))
 
     def finish(self, how: str, code: int) -> None:
@@ -204,7 +208,7 @@ class Job:
 
         An error that may come from a process that is gone waits until the watch could tell.
         """
-        if not isinstance(error, UserError) and self.count > 1 and _may_be_a_lost_process(error):
+        if self.count > 1 and _may_be_a_lost_process(error):
             self.watch.wait_for_verdict()
         if isinstance(error, UserError):
             log.complain(f"error: {error}")
@@ -308,6 +312,8 @@ def _may_be_a_lost_process(error: BaseException) -> bool:
     the watch after every error, would leave the others in a collective with a process that has
     failed by itself; they then fail first, of that, and the cause is told last.
     """
+    while isinstance(error, UserError):  # our own words say nothing; what it was raised from may
+        error = error.__cause__
     text = str(error).lower()
     return any(
         word in text

@@ -21,14 +21,15 @@ import fcntl
 import json
 import os
 import pathlib
-import signal
 import socket
 import threading
 import time
 from typing import NoReturn
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from demetar.exits import EXIT_DONE, EXIT_LOST, EXIT_PREEMPTED
+from demetar.job.alarm import cancel_alarm, set_alarm
 from demetar.records import log
 
 # These may take as long as they take. Compiling and saving have no sign of life to show.
@@ -94,6 +95,7 @@ class Watch:
         self._peers: dict[int, _Peer] = {}
         self.started = False
         self._progress, self._progress_at = None, time.monotonic()
+        self._looked_at = self._progress_at
         self._lock = threading.Lock()
         self._file = self._own_file()
         self._read_peers()  # what an earlier start left: whatever changes from now on is alive
@@ -116,10 +118,15 @@ class Watch:
 
     def all_started(self) -> None:
         """Every process is known to run: from now on silence means that it is lost."""
+        self._look_anew()
+        self.started = True
+
+    def _look_anew(self) -> None:
+        """What was silent so far says nothing: everyone has all the time again."""
         now = time.monotonic()
+        self._progress_at = now
         for peer in self._peers.values():
             peer.changed_at = now
-        self.started = True
 
     def end(self, how: str, code: int) -> None:
         """The last word: `done`, `preempted`, or what failed. Others follow it."""
@@ -129,7 +136,7 @@ class Watch:
 
     def _disarm(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        cancel_alarm()
 
     def wait_to_be_heard(self) -> None:
         """Gives the others the time to read the last word, before process 0 takes the coordinator
@@ -206,7 +213,7 @@ class Watch:
                 how, code = self._ended
                 facts |= {"ended": how[: _BYTES // 3], "code": code}
             try:
-                os.pwrite(self._file.fileno(), json.dumps(facts).ljust(_BYTES - 1).encode(), 0)
+                os.pwrite(self._file.fileno(), json_text(facts).ljust(_BYTES - 1).encode(), 0)
             except OSError:
                 pass  # the next one may succeed; silence is what the others act on
 
@@ -232,12 +239,17 @@ class Watch:
             # ends it as lost, not as failed.
             patience = self._stuck_seconds + self._lost_seconds
             faulthandler.dump_traceback_later(patience, file=self._stacks)
-            signal.setitimer(signal.ITIMER_REAL, patience + 1)
+            set_alarm(patience + 1)
             if self._ended is not None:
                 self._disarm()
                 return
             self._beat()
             self._read_peers()
+            now = time.monotonic()
+            if now - self._looked_at > self._lost_seconds / 2:
+                # This process was stopped itself, maybe with all others: it heard nobody.
+                self._look_anew()
+            self._looked_at = now
             self._judge()
 
     def _judge(self) -> None:

@@ -1,31 +1,20 @@
 """Files that are written whole or not at all, and read as data."""
 
 import json
-import math
 import os
 import pathlib
-from collections.abc import Mapping
+
+from data_pipelines.json_text import json_text
 
 
 def read_json(file: pathlib.Path):
     return json.loads(file.read_text())
 
 
-def finite(content):
-    """What JSON can hold: null in the place of a number that is not finite, however deep."""
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [finite(value) for value in content]
-    return content
-
-
 def write_json(file: pathlib.Path, content) -> None:
     """Writes a JSON file whole or not at all."""
     unfinished = file.with_name(f".{file.name}.tmp")
-    unfinished.write_text(json.dumps(finite(content), indent=1) + "\n")
+    unfinished.write_text(json_text(content, indent=1) + "\n")
     os.replace(unfinished, file)
 
 

@@ -1,11 +1,11 @@
 """Which graphs each process computed in which step: proof that a resume repeats none."""
 
-import json
 import pathlib
 
 import numpy as np
 
 from data_pipelines.graph import Graph
+from data_pipelines.json_text import json_text
 from demetar.records.files import read_jsonl
 
 
@@ -25,7 +25,7 @@ class GraphLog:
         """The graphs of this process in a step, at `rows_B` of the global batch."""
         real_B = graphs.graph_mask
         line = {"rows": rows_B[real_B].tolist(), "index": graphs.index[real_B].tolist()}
-        self._stream.write(json.dumps({"step": step, **line}) + "\n")
+        self._stream.write(json_text({"step": step, **line}) + "\n")
         self._stream.flush()
 
 

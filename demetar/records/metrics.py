@@ -6,13 +6,13 @@ step stands there once. What else is written, `config.log.writers` says: rows of
 `demetar/records/writers.py`.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from demetar.records.files import finite, read_jsonl
+from data_pipelines.json_text import json_text
+from demetar.records.files import read_jsonl
 from demetar.records.writers import Background, Run, check_writers, close_all
 
 
@@ -53,7 +53,7 @@ class Writers:
             if line["step"] <= (step if line["split"] == "train" else last_eval_step)
         ]
         unfinished = self._file.with_name(".metrics.jsonl.tmp")
-        unfinished.write_text("".join(json.dumps(line) + "\n" for line in keep))
+        unfinished.write_text("".join(json_text(line) + "\n" for line in keep))
         os.replace(unfinished, self._file)
         self._stream = self._file.open("a")
         run = Run(workdir, step, config_json, project)
@@ -63,7 +63,7 @@ class Writers:
         """One line of metrics.jsonl and one point of each curve."""
         if not self._is_main:
             return
-        self._stream.write(json.dumps(finite({"step": step, "split": split, **values})) + "\n")
+        self._stream.write(json_text({"step": step, "split": split, **values}) + "\n")
         self._stream.flush()
         self._scalars(step, split, values)
 

@@ -12,7 +12,6 @@ of it is told as "at most".
 import dataclasses
 import datetime
 import hashlib
-import json
 import os
 import pathlib
 import platform
@@ -24,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data_pipelines.json_text import json_text
 from demetar.records.files import read_json, write_json
 
 _SIZES = {"cpu": (1024, 2048)}  # rows = columns of the products that are tried
@@ -147,7 +147,7 @@ def _description() -> str:
 
 def _file(cache_dir: str | pathlib.Path, dtype) -> pathlib.Path:
     """Its name is made from all that the numbers depend on."""
-    facts = json.dumps([_description(), jnp.dtype(dtype).name])
+    facts = json_text([_description(), jnp.dtype(dtype).name])
     return (
         pathlib.Path(cache_dir) / f"machine-{hashlib.sha256(facts.encode()).hexdigest()[:12]}.json"
     )

@@ -79,9 +79,7 @@ def compare(first: pathlib.Path, second: pathlib.Path, step: int) -> Comparison:
     losses = [_losses(folder, step) for folder in (first, second)]
     common = sorted(losses[0].keys() & losses[1].keys())
     a, b = (np.array([loss[k] for k in common]) for loss in losses)
-    config = stored.from_json(stored.read_identity(first / "config.json")["config"])
-    with config.unlocked():  # all of it on one device of this process
-        config.mesh.update({"data": 1, "fsdp": 1, "model": 1})
+    config = _config_of(first)
     experiment = build_experiment(config)
     states, hashes = [], []
     for folder in (first, second):
@@ -175,10 +173,13 @@ def finish(job: LocalJob) -> None:
 
 def configure_like(workdir: pathlib.Path) -> None:
     """Precision and such of this process, as the run in `workdir` had them."""
-    config = stored.from_json(stored.read_identity(workdir / "config.json")["config"])
-    with config.unlocked():
-        config.mesh.cpu_devices = 1
-    runtime.configure(config)
+    runtime.configure(_config_of(workdir))
+
+
+def _config_of(workdir: pathlib.Path) -> ml_collections.ConfigDict:
+    """Of the run in `workdir`, for one device of this process."""
+    saved = stored.read_identity(workdir / "config.json")
+    return stored.on_one_device(stored.from_json(saved["config"]))
 
 
 def verify(

@@ -9,7 +9,6 @@ its manifest is damaged. Both are set aside, and the one before is used.
 import concurrent.futures
 import dataclasses
 import glob
-import hashlib
 import json
 import os
 import pathlib
@@ -22,12 +21,13 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from data_pipelines.errors import UserError
+from demetar.exits import NotRestorable
 from demetar.job.job import Job
 from demetar.records import log
+from demetar.training import sharding
+from demetar.training.manifest import MANIFEST, what_is_wrong, write_manifest
 from demetar.training.progress import Progress
-from demetar.training.state import TrainState
-
-_MANIFEST = "manifest.json"
+from demetar.training.state import TrainState, state_sha256
 
 
 def check_name(workdir: pathlib.Path) -> None:
@@ -126,12 +126,12 @@ class Checkpoints:
             if not (folder.name.isdigit() and folder.is_dir()):
                 continue
             try:
-                reason = _what_is_wrong(folder)
+                reason = what_is_wrong(folder)
             except OSError as error:  # of the disk: what is set aside may be read another day
                 reason = f"it cannot be read: {error}"
             if reason is None:
                 continue
-            damaged |= (folder / _MANIFEST).exists()
+            damaged |= (folder / MANIFEST).exists()
             log.complain(
                 f"Checkpoint {folder.name} is not whole ({reason}); moved to {aside}. "
                 "Going back to the one before."
@@ -187,6 +187,47 @@ class Checkpoints:
         )
         self._without_manifest = step
 
+    def prove(self, state: TrainState, progress: Progress) -> TrainState:
+        """Reads the save that was just begun as a resume would, and compares it with what it is of.
+
+        Before its manifest is written: until then no start of the run relies on it.
+
+        Args:
+          state: that is being saved; is given away, so that the devices have room for another.
+          progress: that is being saved.
+
+        Returns:
+          The state that was read, the same bit for bit, to go on with.
+
+        Raises:
+          NotRestorable: it cannot be read, or is another one.
+        """
+        step = self._without_manifest
+        self._manager.wait_until_finished()
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        abstract_state = jax.tree.map(place, state)
+        wanted = state_sha256(sharding.to_host(state), progress.to_json())
+        jax.tree.map(lambda x: x.delete(), state)
+        what = f"The first checkpoint of this run, {self._folder / str(step)}, "
+        remedy = (
+            "A resume would fail, so the run stops here. Look at the disk, and at the versions of "
+            "orbax-checkpoint and tensorstore; `demetar verify_resume` tries it on another disk."
+        )
+        try:
+            _, read = self.meta(step)
+            state = self.restore(step, abstract_state)
+        except Exception as error:  # whatever the store raises; a lost process is found by its name
+            raise NotRestorable(
+                f"{what}cannot be restored: {type(error).__name__}: {error} {remedy}"
+            ) from error
+        found = state_sha256(sharding.to_host(state), read.to_json())
+        if found != wanted:
+            raise NotRestorable(
+                f"{what}is restored as another state (SHA-256 {found[:12]}…) than was saved "
+                f"({wanted[:12]}…). {remedy}"
+            )
+        return state
+
     def poll(self) -> None:
         """Writes the manifest, in a thread, once the save under way is committed."""
         if self._without_manifest is None or self._manager.is_saving_in_progress():
@@ -195,7 +236,7 @@ class Checkpoints:
         folder = self._folder / str(self._without_manifest)
         self._without_manifest = None
         if jax.process_index() == 0:
-            self._hashed = self._hashing.submit(_write_manifest, folder)
+            self._hashed = self._hashing.submit(write_manifest, folder)
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk with its manifest."""
@@ -251,7 +292,7 @@ def saved(workdir: pathlib.Path) -> list[Saved]:
             continue
         try:
             size = size_of(folder)
-            wrong = _what_is_wrong(folder)
+            wrong = what_is_wrong(folder)
         except OSError as error:
             if not folder.exists():
                 continue
@@ -327,50 +368,3 @@ def _other_shapes(saved: dict, today: dict) -> list[str]:
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name)
     ]
-
-
-def _files(folder: pathlib.Path) -> dict[str, dict]:
-    facts = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and _MANIFEST not in file.name:
-            with file.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-            facts[str(file.relative_to(folder))] = {
-                "bytes": file.stat().st_size,
-                "sha256": digest,
-            }
-    return facts
-
-
-def _write_manifest(folder: pathlib.Path) -> None:
-    files = _files(folder)  # before the manifest's own file exists
-    unfinished = folder / f".{_MANIFEST}.tmp"
-    with unfinished.open("w") as stream:
-        json.dump({"files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.rename(folder / _MANIFEST)
-
-
-def _what_is_wrong(folder: pathlib.Path) -> str | None:
-    try:
-        expected = json.loads((folder / _MANIFEST).read_text())["files"]
-        told = {name: (facts["bytes"], facts["sha256"][:12]) for name, facts in expected.items()}
-    except FileNotFoundError:
-        return "it has no manifest: the save was cut off"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        return f"its manifest cannot be read: {error!r}"
-    for file in folder.rglob("*"):
-        if file.is_symlink():  # what it points to may change after it was looked at
-            return f"{file.relative_to(folder)} is a link"
-    found = _files(folder)
-    for name, facts in expected.items():
-        if name not in found:
-            return f"missing file {name}"
-        if found[name] != facts:
-            return (
-                f"{name} has {found[name]['bytes']} bytes with SHA-256 "
-                f"{found[name]['sha256'][:12]}…, its manifest says {told[name][0]} bytes with "
-                f"{told[name][1]}…"
-            )
-    return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from demetar.records.files import finite
+from data_pipelines.json_text import finite
 from demetar.training.optim import Plateau
 
 

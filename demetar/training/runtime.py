@@ -57,6 +57,9 @@ def _keep_programs(folder: pathlib.Path) -> None:
     """Compiled programs are kept in this folder, unless the environment names another."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX's is a second; a prediction has several programs of less.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def cache_dir(config: ml_collections.ConfigDict) -> pathlib.Path:

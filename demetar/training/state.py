@@ -1,7 +1,6 @@
 """All that a step changes: step number, parameters, optimizer state, moving average."""
 
 import hashlib
-import json
 from typing import Any
 
 import flax.struct
@@ -11,6 +10,7 @@ import numpy as np
 import optax
 
 from data_pipelines.graph import Graph
+from data_pipelines.json_text import json_text
 
 
 @flax.struct.dataclass
@@ -58,5 +58,5 @@ def state_sha256(state: TrainState, progress: dict) -> str:
     """SHA-256 over all that a run is: the whole state, and `progress` but for the seconds."""
     exact = {name: value for name, value in progress.items() if name != "train_seconds"}
     digest = hashlib.sha256(params_sha256(state).encode())
-    digest.update(json.dumps(exact, sort_keys=True).encode())
+    digest.update(json_text(exact, sort_keys=True).encode())
     return digest.hexdigest()

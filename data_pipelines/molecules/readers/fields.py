@@ -10,11 +10,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipelines.molecules.record import MAX_NODES
+
 _CHARGE = ("charge", "total_charge")
 # As fairchem, MACE and AIMNet2 write it: "spin" there is 2 S + 1.
 _MULTIPLICITY = ("multiplicity", "spin_multiplicity", "mult", "spin", "total_spin")
 # Vectors of the whole molecule, which may be as long as a molecule of three atoms.
 VECTORS = ("dipole", "stress", "quadrupole", "polarizability")
+
+
+# Characters of one record of a text. A compressed file of megabytes can hold a line of gigabytes.
+LARGEST_RECORD = 256 * MAX_NODES
 
 
 class Damaged(Exception):
@@ -36,10 +42,18 @@ class Text:
             errors="surrogateescape",
             newline=newline,
         )
+        self.begin_record()
+
+    def begin_record(self) -> None:
+        """Of the lines from here on, at most `LARGEST_RECORD` characters come until the next."""
+        self._left = LARGEST_RECORD
 
     def lines(self) -> Iterator[str]:
-        """Whole lines, then `Damaged` if the end is missing."""
-        for line in self._text:
+        """Whole lines, then `Damaged` if the end is missing or a record is too large."""
+        while line := self._text.readline(self._left + 1):
+            self._left -= len(line)
+            if self._left < 0:
+                raise too_large()
             if not line.endswith(("\n", "\r")):
                 self._check()  # the file may go on, and a number that is cut off is another one
             yield line
@@ -77,6 +91,13 @@ class _Salvaged(io.RawIOBase):
             self.error, data = error, b""
         buffer[: len(data)] = data
         return len(data)
+
+
+def too_large() -> Damaged:
+    """What is wrong where a record does not come to its end."""
+    return Damaged(
+        f"a record goes on for more than {LARGEST_RECORD:,} characters: no molecule does"
+    )
 
 
 @contextlib.contextmanager

@@ -98,9 +98,12 @@ class _Slices(members.Member):
     def __init__(self, dataset):
         self._dataset, self._taken = dataset, 0
         self.shape, self.dtype = dataset.shape, dataset.dtype
+        if self.shape and dataset.chunks:  # that are compressed, so read whole
+            members.check_size(f"{dataset.name}, a chunk", dataset.chunks, self.dtype)
 
     def take(self, count: int) -> np.ndarray:
         if not self.shape:
             return np.asarray(self._dataset[()]).reshape(1)
+        members.check_size(self._dataset.name, (count, *self.shape[1:]), self.dtype)
         self._taken += count
         return self._dataset[self._taken - count : self._taken]

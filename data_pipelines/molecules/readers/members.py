@@ -8,13 +8,19 @@ Of the other arrays, those of length G are columns, or of [G, N], [G, N, 3], [at
 """
 
 import abc
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.readers.fields import VECTORS, charge_and_multiplicity, plain
+from data_pipelines.molecules.readers.fields import (
+    VECTORS,
+    Damaged,
+    charge_and_multiplicity,
+    plain,
+)
 from data_pipelines.molecules.record import MAX_NODES, Row
 
 # As ase, AIMNet2, torchmd-net, ANI, SPICE, sGDML and rMD17 call them.
@@ -23,6 +29,7 @@ POSITIONS = ("positions", "R", "coordinates", "coord", "coords", "pos", "conform
 _OFFSETS = ("offsets", "offset", "node_offset", "ptr")
 _SIZES = ("num_atoms", "n_atoms", "natoms", "sizes", "N")
 _CHUNK, _ATOMS = 1_024, 1 << 19  # molecules and slots for atoms in memory, at most
+_LARGEST = 1 << 30  # bytes of an array that are read at once
 
 
 class Member(abc.ABC):
@@ -125,6 +132,16 @@ def rows(members: dict[str, Member], first: int, where: str, scale: float = 1.0)
                 multiplicity=multiplicity,
                 node_columns=per_atom,
             )
+
+
+def check_size(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuses to read too much of an array at once: few bytes of a compressed file can claim it."""
+    size = math.prod(shape) * dtype.itemsize
+    if size > _LARGEST:
+        raise Damaged(
+            f"{name}: {list(shape)} of {dtype} would take {size:,} bytes at once, and at most "
+            f"{_LARGEST:,} go: leave it out, or write it in smaller parts, in the order of C"
+        )
 
 
 class _Kinds:

@@ -1,5 +1,6 @@
 """NPZ: arrays in a zip file, each read as a stream beside the others. No pickle."""
 
+import io
 import math
 import pathlib
 import zipfile
@@ -11,6 +12,8 @@ from data_pipelines.errors import UserError
 from data_pipelines.molecules.readers import members
 from data_pipelines.molecules.readers.fields import Damaged
 from data_pipelines.molecules.record import Row
+
+_HEADER = 1 << 16  # bytes that the header of an array can have
 
 
 def read(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
@@ -54,15 +57,18 @@ class _Stored(members.Member):
     def __init__(self, archive: zipfile.ZipFile, name: str, path: pathlib.Path):
         try:
             self._stream = archive.open(name)
-            version = np.lib.format.read_magic(self._stream)
+            # NumPy would read a header of any length before it refuses it.
+            start = io.BytesIO(self._stream.read(_HEADER))
+            version = np.lib.format.read_magic(start)
             headers = np.lib.format
             read_header = (
                 headers.read_array_header_1_0
                 if version == (1, 0)
                 else headers.read_array_header_2_0
             )
-            self.shape, self._fortran, self.dtype = read_header(self._stream)
-            self._left = archive.getinfo(name).file_size - self._stream.tell()
+            self.shape, self._fortran, self.dtype = read_header(start)
+            self._stream.seek(start.tell())
+            self._left = archive.getinfo(name).file_size - start.tell()
         except Exception as error:  # of damaged bytes zipfile and NumPy raise almost anything
             raise Damaged(f"{name}: {error}") from error
         if min(self.shape, default=0) < 0 or self.dtype.itemsize == 0:
@@ -83,6 +89,7 @@ class _Stored(members.Member):
         return self._whole[self._taken - count : self._taken]
 
     def _read(self, shape: tuple[int, ...]) -> np.ndarray:
+        members.check_size(self._name, shape, self.dtype)
         size = math.prod(shape) * self.dtype.itemsize
         if size > self._left:  # nothing is asked for that is not there, whatever the header says
             raise Damaged(f"{self._name} ends too early")

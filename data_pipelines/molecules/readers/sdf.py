@@ -7,6 +7,7 @@ positions. A record that lacks hydrogens keeps the positions that the file gives
 more hydrogens than its atoms, and `row.text` can be parsed again to add them.
 """
 
+import functools
 import pathlib
 import re
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ import numpy as np
 
 from data_pipelines.bonds import BondType
 from data_pipelines.molecules.readers.fields import (
+    LARGEST_RECORD,
     Damaged,
     charge_and_multiplicity,
     clean,
     open_text,
+    too_large,
     union,
 )
 from data_pipelines.molecules.record import Refusal, Row
@@ -65,10 +68,12 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, bool]]:
             complete = chunk.rfind("\n") + 1
             if not complete:
                 rest += chunk
-                continue
-            *records, last = _cut(rest + chunk[:complete])
-            yield from ((record, True) for record in records)
-            rest = last + chunk[complete:]
+            else:
+                *records, last = _cut(rest + chunk[:complete])
+                yield from ((record, True) for record in records)
+                rest = last + chunk[complete:]
+            if len(rest) > LARGEST_RECORD:
+                raise too_large()
         *records, last = _cut(rest)
         yield from ((record, True) for record in records)
         if last.strip():
@@ -132,6 +137,19 @@ def properties(text: str) -> dict[str, str | None]:
     return found
 
 
+@functools.cache
+def _bonds_alone() -> int:
+    """The steps of RDKit's sanitization that bonds, charges, hydrogens and radicals depend on.
+
+    The others, and the stereochemistry that a SMILES needs, take a quarter of the reading.
+    """
+    from rdkit.Chem import SanitizeFlags as step
+
+    others = step.SANITIZE_SETCONJUGATION | step.SANITIZE_SETHYBRIDIZATION
+    others |= step.SANITIZE_CLEANUPCHIRALITY | step.SANITIZE_CLEANUPATROPISOMERS
+    return int(step.SANITIZE_ALL & ~others)
+
+
 def _molecule(text: str, smiles: bool) -> dict:
     """What RDKit reads of a record; raises what it raises."""
     from rdkit import Chem, rdBase  # slow to import
@@ -141,18 +159,18 @@ def _molecule(text: str, smiles: bool) -> dict:
         raise ValueError("it has no 'M  END'")
     block = clean(text[: end + 7])
     with rdBase.BlockLogs():
-        molecule = Chem.MolFromMolBlock(block, removeHs=False)
+        molecule = Chem.MolFromMolBlock(block, removeHs=False) if smiles else None
         if molecule is None:
             molecule = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
             if molecule is None:
                 raise ValueError("its table of atoms and bonds is not as the format says")
-            Chem.SanitizeMol(molecule)  # raises, and says why
+            Chem.SanitizeMol(molecule, _bonds_alone())  # raises, and says why
         positions = molecule.GetConformer().GetPositions()
         if not positions[:, 2].any() and "3D" not in block.split("\n", 2)[1][20:22]:
             positions = None
-        found = ""
-        if smiles or positions is None:
-            found = Chem.MolToSmiles(Chem.RemoveHs(molecule, sanitize=False))
+        if positions is None and not smiles:
+            return _molecule(text, smiles=True)
+        found = Chem.MolToSmiles(Chem.RemoveHs(molecule, sanitize=False)) if smiles else ""
     # Not over GetAtoms(), whose items cost three times as much.
     atoms = [molecule.GetAtomWithIdx(k) for k in range(molecule.GetNumAtoms())]
     order = Chem.GetAdjacencyMatrix(molecule, useBO=True)

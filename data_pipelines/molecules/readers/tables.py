@@ -31,6 +31,7 @@ def read_csv(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
         build = _Builder(path, header, smiles_column)
         number = 0
         for fields, first, last in _records(lines):
+            stream.begin_record()
             if not fields:
                 continue
             number += 1

@@ -89,6 +89,7 @@ def _frames(path: pathlib.Path) -> Iterator[str]:
         for first in stream:
             place += 1
             if not first.strip():
+                text.begin_record()
                 continue  # blank lines between frames
             try:
                 atoms = int(first)
@@ -107,6 +108,7 @@ def _frames(path: pathlib.Path) -> Iterator[str]:
                 )
             place += atoms + 1
             yield "".join([first, *lines])
+            text.begin_record()
 
 
 def _read_atoms(text: str):

@@ -1,7 +1,7 @@
 """Files of predictions: the input's rows in its order, new columns beside its own.
 
     output = Output("out.csv", "mine.sdf", {"homo_pred": "number", "status": "text"})
-    with output.open() as out:
+    with output.open(folder) as out:
         out.write(rows, {"homo_pred": [...], "status": [...]}, molecules)
 
 What the input says stays as it was. The file appears under its name when it is whole. The same
@@ -9,7 +9,6 @@ rows in the same chunks give the same bytes.
 """
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -66,13 +65,16 @@ class Output:
                 )
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Writer]:
+    def open(self, folder: pathlib.Path) -> Iterator[Writer]:
         """What writes to it; it replaces the file of before when the block ends without error.
+
+        Args:
+          folder: on the same file system; the file is there until it is whole.
 
         Raises:
           UserError: the folder cannot be written, or is full.
         """
-        building = self.path.with_name(f".{self.path.name}.{os.getpid()}.building")
+        building = folder / f"building.{self.path.name}"
         try:
             writer = self._make(building, self.path, self.source, self._names, self.columns)
             try:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.errors import UserError
+from data_pipelines.json_text import json_text
 from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.molecules.writers.base import Writer, as_text, atoms_of
 from data_pipelines.molecules.writers.tables import is_numeric
@@ -110,7 +111,7 @@ class _Spool:
         """Appends text; a line each, as JSON, because text may have lines of its own."""
         self._length += len(values)
         self._longest = max([self._longest, *map(len, values)])
-        self._stream.writelines(json.dumps(value).encode() + b"\n" for value in values)
+        self._stream.writelines(json_text(value).encode() + b"\n" for value in values)
 
     def add_numbers(self, values: Sequence[Any], sizes: Sequence[int] | None) -> None:
         """Appends values; None is NaN. `sizes`: rows of each value; None: each is one number."""

@@ -1,7 +1,6 @@
 """What every writer of predictions is, and how values become text."""
 
 import abc
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.json_text import json_text
 from data_pipelines.molecules.record import Molecule, Row
 
 KINDS = (
@@ -74,7 +74,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, (np.ndarray, list, tuple)):  # faster than a union
-        return json.dumps(np.asarray(value).tolist())
+        return json_text(np.asarray(value).tolist())
     if isinstance(value, np.generic):
         value = value.item()
     return "" if isinstance(value, float) and math.isnan(value) else str(value)

@@ -6,11 +6,13 @@
 when process `process` (a number, or `all`) enters a phase whose name starts with `phase` at `step`
 or later; or just before it does what Python's audit event says (`os.rename`, `open`, ...) to a file
 whose path contains `path`. Once in this start. `action` is `raise`, `sleep` for ever, hold the
-interpreter's lock for ever (`hold`), read address 0 (`crash`), or a signal's name, sent to itself.
+interpreter's lock for ever (`hold`), read address 0 (`crash`), restore no checkpoint from then on
+(`unreadable`), or a signal's name, sent to itself.
 The moment is arranged; the processes, their signals and what is left of them are real.
 """
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -19,6 +21,10 @@ import time
 _SPEC = os.environ.get("DEMETAR_FAULT")
 _process, _moment, _where, _action = (_SPEC or ":::").split(":")
 _struck = []
+
+
+def _cannot_read(self, step, abstract_state):
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(step))
 
 
 def _strike(moment):
@@ -33,6 +39,11 @@ def _strike(moment):
         sys.setswitchinterval(1e9)
         while True:
             pass
+    if _action == "unreadable":
+        from demetar.training.checkpoints import Checkpoints
+
+        Checkpoints.restore = _cannot_read
+        return
     if _action == "crash":
         ctypes.string_at(0)
     os.kill(os.getpid(), signal.Signals[_action])
