@@ -217,6 +217,8 @@ class Checkpoints:
             _, read = self.meta(step)
             state = self.restore(step, abstract_state)
         except Exception as error:  # whatever the store raises; a lost process is found by its name
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # of memory: the disk is not to blame
             raise NotRestorable(
                 f"{what}cannot be restored: {type(error).__name__}: {error} {remedy}"
             ) from error
