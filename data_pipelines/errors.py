@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 
 
 class UserError(Exception):
@@ -17,8 +18,17 @@ _REMEDIES = {
     errno.EDQUOT: "Free some of your quota",
     errno.EROFS: "Choose a folder that can be written",
     errno.EACCES: "Choose a folder that you may write, or ask for the permission",
+    errno.EIO: "Look at the disk (dmesg) or choose another folder",
     errno.EMFILE: "Allow more open files (ulimit -n)",
 }
+
+
+_LESS_MEMORY = (
+    "Raise config.mesh.fsdp, or, with another --workdir, raise config.train.accumulation or halve "
+    "config.data.batch_size and config.data.eval_batch_size"
+)
+# TensorStore adds pages of it to every error.
+_SPECIFICATION = re.compile(r" \[(tensorstore_spec|source locations)=.*?'\]")
 
 
 def machine_fault(error: BaseException | None) -> str | None:
@@ -29,7 +39,11 @@ def machine_fault(error: BaseException | None) -> str | None:
     while error is not None:
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
-                return f"{str(error).splitlines()[-1]}. {remedy}, and give the same command again."
+                said = _SPECIFICATION.sub("", str(error).splitlines()[-1])
+                return f"{said}. {remedy}, and give the same command again."
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            said = str(error).partition("\n")[0] or "There is no memory left"
+            return f"{said}. {_LESS_MEMORY}, and give the same command again."
         error = error.__cause__ or error.__context__
     return None
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("doctor", "is this machine ready for a run, and what to do if it is not"),
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),
     "chaos": ("chaos", "kills, pauses, a full disk, damage at random moments; nothing is lost"),
+    "faults": ("faults", "make 72 faults for real, and show that nothing is lost"),
     "plan": ("plan", "memory, collectives and cost on a machine that you do not have"),
     "profile": ("profile", "where the time of a step goes on this machine"),
 }

@@ -81,7 +81,16 @@ def test_raw_exponents_and_line_ends(newline):
 
 
 @pytest.mark.parametrize(
-    "broken", [METHANE[:200], METHANE.replace("\nC\t", "\nXx\t"), "", METHANE.replace("6.469", "")]
+    "broken",
+    [
+        METHANE[:200],
+        METHANE.replace("\nC\t", "\nXx\t"),
+        "",
+        METHANE.replace("6.469", ""),
+        METHANE.replace("5", "6", 1),
+        METHANE.replace("5", "4", 1),
+        METHANE + "junk\n",
+    ],
 )
 def test_broken_raw_file_is_named(broken):
     with pytest.raises(UserError, match="here.xyz"):

@@ -41,6 +41,9 @@ def raised(error, cause=None):
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "a"), "your quota"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "a"), "permission"),
         (ValueError(FULL_DISK), "Free some space"),
+        (OSError(errno.EIO, os.strerror(errno.EIO), "a"), "Look at the disk"),
+        (MemoryError(), "halve config.data.batch_size"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), "accumulation"),
         (raised(RuntimeError("cannot save"), OSError(errno.EMFILE, "", "a")), "ulimit"),
         (raised(RuntimeError("cannot save"), KeyError("a")), None),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a"), None),
@@ -63,6 +66,11 @@ def test_what_the_machine_refuses_ends_with_2_and_is_not_counted(error, remedy, 
     if remedy is not None:
         assert end.value.code == EXIT_USER_ERROR
         assert remedy in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_pages_that_tensorstore_adds_are_left_out():
+    error = ValueError(f"{FULL_DISK} [tensorstore_spec='{{\"driver\":[1]}}'] [os_error_code='28']")
+    assert "tensorstore" not in machine_fault(error) and "No space left" in machine_fault(error)
 
 
 def test_a_full_disk_while_preparing_says_where_else(tmp_path):

@@ -20,6 +20,7 @@ from demetar.job.job import Job
 from demetar.job.place import find_place
 from demetar.records.files import read_json, read_jsonl
 from demetar.records.graph_log import read_graph_log
+from demetar.tools.faults.bench import HOOK
 from demetar.tools.local_job import LocalJob, exit_code_of
 from demetar.tools.resume_check import compare, latest_step, logged_step
 from demetar.training.checkpoints import Checkpoints
@@ -40,7 +41,7 @@ def start(runner, monkeypatch):
 
     def start(workdir, count=2, *more, fault="", config=SMALLEST):
         monkeypatch.setenv("DEMETAR_FAULT", fault)
-        monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "tests" / "faults") if fault else "")
+        monkeypatch.setenv("PYTHONPATH", str(HOOK) if fault else "")
         arguments = [
             f"--workdir={workdir}",
             *runner.flags(config),

@@ -1,7 +1,9 @@
 """Whole runs: killed, interrupted, damaged, refused, resumed. What is promised of processes is
 shown by real ones; what a message says, by the function that says it."""
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -19,6 +21,7 @@ from demetar.job.job import Job
 from demetar.job.watch import Watch
 from demetar.records.files import read_json, read_jsonl
 from demetar.train import check_files, train_and_evaluate
+from demetar.training import checkpoints as checkpoints_module
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
@@ -236,6 +239,15 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
+def edit(file, old, new):
+    file.write_text(file.read_text().replace(old, new, 1))
+
+
+def make_a_link(file):
+    """To its own content, elsewhere."""
+    file.symlink_to(file.rename(file.with_suffix(".moved")))
+
+
 @pytest.mark.parametrize(
     "damage, reason",
     [
@@ -243,8 +255,10 @@ def flip_a_bit(file):
         (lambda folder: largest_file(folder).unlink(), "missing file"),
         (lambda folder: (folder / "manifest.json").unlink(), "the save was cut off"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda folder: edit(folder / "manifest.json", "bytes", "bites"), "cannot be read"),
+        (lambda folder: make_a_link(largest_file(folder)), "is a link"),
     ],
-    ids=["flip", "remove", "cut off", "cut manifest"],
+    ids=["flip", "remove", "cut off", "cut manifest", "other key", "link"],
 )
 def test_damaged_checkpoint_falls_back_and_says_so(half, damage, reason, capsys):
     steps = sorted(int(p.name) for p in (half / "checkpoints").iterdir() if p.name.isdigit())
@@ -257,6 +271,19 @@ def test_damaged_checkpoint_falls_back_and_says_so(half, damage, reason, capsys)
     said = capsys.readouterr().err
     assert "Checkpoint 40 is not whole" in said and "Going back to the one before" in said
     assert reason in said
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_set_aside(half, monkeypatch, capsys):
+    read = checkpoints_module._files
+
+    def files(folder):
+        if folder.name == "40":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(folder)
+
+    monkeypatch.setattr(checkpoints_module, "_files", files)
+    assert Checkpoints(half, 2, Job.alone()).latest_step() == 35
+    assert "it cannot be read: [Errno 5]" in capsys.readouterr().err
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(config_of, half):

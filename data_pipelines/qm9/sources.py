@@ -136,10 +136,11 @@ def _number(text: str) -> float:
 
 def parse_raw_xyz(text: str, name: str) -> Molecule:
     """Parses one published file, `dsgdb9nsd_000001.xyz`; `name` is for the error."""
-    lines = text.splitlines()
+    lines = text.rstrip().splitlines()
     try:
         num_atoms = int(lines[0])
-        if num_atoms < 1 or len(lines) < num_atoms + 5:
+        # Not more either: with a count that is too small the lines that follow would be misread.
+        if num_atoms < 1 or len(lines) != num_atoms + 5:
             raise ValueError(f"{num_atoms} atoms need {num_atoms + 5} lines, found {len(lines)}")
         properties = lines[1].split()
         atoms = [line.split() for line in lines[2 : 2 + num_atoms]]

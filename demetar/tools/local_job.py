@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 
 from demetar.exits import (
     EXIT_DONE,
@@ -36,10 +37,19 @@ class LocalJob:
       count: how many processes.
       gpus: each gets the GPU of its number, and sees all; otherwise they share the CPU's cores.
       quiet: keep what they print instead of showing it.
+      prefix: words before the command of each process, as `strace ...`.
+      environment: variables of the processes, beside those of this one.
     """
 
     def __init__(
-        self, arguments: list[str], count: int, *, gpus: bool = False, quiet: bool = False
+        self,
+        arguments: list[str],
+        count: int,
+        *,
+        gpus: bool = False,
+        quiet: bool = False,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
     ):
         address = f"localhost:{_free_port()}"
         self.processes: list[subprocess.Popen] = []
@@ -49,11 +59,11 @@ class LocalJob:
             # Also for one process: on a machine of a cluster it must not look for others.
             flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
             flags += [f"--process_id={number}", *arguments]  # the caller's own, if any, win
-            process = _start(flags, number, count, gpus)
+            process = _start(flags, number, count, gpus, prefix, environment or {})
             tail = collections.deque(maxlen=_TAIL)
-            prefix = f"[{number}] " if count > 1 else ""
+            mark = f"[{number}] " if count > 1 else ""
             reader = threading.Thread(
-                target=_copy, args=(process.stdout, tail, None if quiet else prefix), daemon=True
+                target=_copy, args=(process.stdout, tail, None if quiet else mark), daemon=True
             )
             reader.start()
             self.processes.append(process)
@@ -143,7 +153,14 @@ def positive(text: str) -> int:
     return number
 
 
-def _start(flags: list[str], number: int, count: int, gpus: bool) -> subprocess.Popen:
+def _start(
+    flags: list[str],
+    number: int,
+    count: int,
+    gpus: bool,
+    prefix: Sequence[str],
+    environment: Mapping[str, str],
+) -> subprocess.Popen:
     if not gpus:
         more = {"JAX_PLATFORMS": "cpu"}
     elif count == 1:
@@ -152,8 +169,8 @@ def _start(flags: list[str], number: int, count: int, gpus: bool) -> subprocess.
         more = {"JAX_LOCAL_DEVICE_IDS": str(number)}
     process = subprocess.Popen(
         # -P: a folder of the place where the user stands must not be taken for a package of ours.
-        [sys.executable, "-P", "-m", "demetar.main", *flags],
-        env=os.environ | more,
+        [*prefix, sys.executable, "-P", "-m", "demetar.main", *flags],
+        env=os.environ | more | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -175,8 +192,9 @@ def _free_port() -> int:
 
 
 def _copy(stream, tail: collections.deque, prefix: str | None) -> None:
-    for line in stream:
-        tail.append(line)
-        if prefix is not None:
-            sys.stderr.write(prefix + line)
-            sys.stderr.flush()
+    with stream:
+        for line in stream:
+            tail.append(line)
+            if prefix is not None:
+                sys.stderr.write(prefix + line)
+                sys.stderr.flush()

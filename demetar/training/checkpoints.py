@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 
+import flax.traverse_util
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -84,11 +85,16 @@ class Checkpoints:
 
     def meta(self, step: int) -> tuple[dict, Progress]:
         """Identity (config and passport) and progress of the run at `step`."""
-        meta = self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
-        progress = Progress.from_json(meta.pop("progress"))
-        return meta, progress
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        try:
+            meta = self._manager.restore(step, args=args).meta
+            return meta, Progress.from_json(meta.pop("progress"))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"Checkpoint {step} in {self._folder} is as its manifest says, but does not hold "
+                f"the settings of a run ({error!r}). Copy the folder again, or start anew in "
+                "another --workdir."
+            ) from error
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
@@ -98,7 +104,20 @@ class Checkpoints:
                 f"validation score; it has {sorted(self._manager.all_steps())}."
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        self._check_parameters(step, abstract_state.params)
         return self._manager.restore(step, args=args).state
+
+    def _check_parameters(self, step: int, params) -> None:
+        """Refuses those of another model, of which Orbax would tell one, deep in a traceback."""
+        state = (self._folder / str(step) / "state").absolute()
+        saved = ocp.PyTreeCheckpointHandler().metadata(state).tree["params"]
+        lines = _other_shapes(saved, params)
+        if lines:
+            raise UserError(
+                f"Checkpoint {step} in {self._folder} holds the parameters of another model:\n"
+                + "\n".join(lines)
+                + "\nRestore it with the config and the version of demetar that trained it."
+            )
 
     def _set_damaged_aside(self, aside: pathlib.Path) -> bool:
         """Moves folders that are not whole to `aside`; true if one was damaged, not cut off."""
@@ -106,7 +125,10 @@ class Checkpoints:
         for folder in sorted(self._folder.iterdir()):
             if not (folder.name.isdigit() and folder.is_dir()):
                 continue
-            reason = what_is_wrong(folder)
+            try:
+                reason = what_is_wrong(folder)
+            except OSError as error:  # of the disk: what is set aside may be read another day
+                reason = f"it cannot be read: {error}"
             if reason is None:
                 continue
             damaged |= (folder / MANIFEST).exists()
@@ -333,3 +355,16 @@ class _KeepBest:
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
         return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def _other_shapes(saved: dict, today: dict) -> list[str]:
+    """A line for each parameter whose shape differs between a checkpoint and a model."""
+    there, here = (
+        {"/".join(path): leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+        for tree in (saved, today)
+    )
+    return [
+        f"  {name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} today"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]

@@ -38,10 +38,14 @@ def what_is_wrong(folder: pathlib.Path) -> str | None:
     """Why a checkpoint is not whole, for a person; None if it is as its manifest says."""
     try:
         expected = json.loads((folder / MANIFEST).read_text())["files"]
+        told = {name: (facts["bytes"], facts["sha256"][:12]) for name, facts in expected.items()}
     except FileNotFoundError:
         return "it has no manifest: the save was cut off"
-    except (ValueError, KeyError, OSError) as error:
-        return f"its manifest cannot be read: {error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        return f"its manifest cannot be read: {error!r}"
+    for file in folder.rglob("*"):
+        if file.is_symlink():  # what it points to may change after it was looked at
+            return f"{file.relative_to(folder)} is a link"
     found = _files(folder)
     for name, facts in expected.items():
         if name not in found:
@@ -49,7 +53,7 @@ def what_is_wrong(folder: pathlib.Path) -> str | None:
         if found[name] != facts:
             return (
                 f"{name} has {found[name]['bytes']} bytes with SHA-256 "
-                f"{found[name]['sha256'][:12]}…, its manifest says {facts['bytes']} bytes with "
-                f"{facts['sha256'][:12]}…"
+                f"{found[name]['sha256'][:12]}…, its manifest says {told[name][0]} bytes with "
+                f"{told[name][1]}…"
             )
     return None
