@@ -103,7 +103,7 @@ def test_a_header_of_an_array_that_has_no_end(tmp_path):
             stream.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
             for _ in range(280):
                 stream.write(b" " * 10_000_000)
-    assert "R.npy" in read(tmp_path / "a.npz")
+    assert "expected 4294967295 bytes got 65" in read(tmp_path / "a.npz")  # not: no memory
 
 
 @pytest.mark.slow
