@@ -9,13 +9,13 @@ strace, which makes system calls fail; what it cannot make, it says. `--page` wr
 docs/results/faults.md of a checkout. Prints JSON. Exit code 0 if no row is lost, 1 if one is.
 """
 
-import json
 import pathlib
 import sys
 import tempfile
 import time
 
 from data_pipelines.errors import check_known
+from data_pipelines.json_text import json_text
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
 from demetar.records.log import duration, say
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     numbers = _numbers(options.only) if options.only else list(CASES)
     with tempfile.TemporaryDirectory() as folder:
         found = page.facts(run(numbers, pathlib.Path(folder)), arguments)
-    print(json.dumps(found, indent=1))
+    print(json_text(found, indent=1))
     if options.page:
         page.write(found)
     return EXIT_FAILED if any(row["verdict"] == LOST for row in found["rows"]) else EXIT_DONE

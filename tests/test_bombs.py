@@ -4,6 +4,7 @@ They are real. Gzip is a chain of members, so one that unpacks to 64 MB is repea
 its own reads, and gets no more memory than it is allowed (`resource.setrlimit`).
 """
 
+import functools
 import gzip
 import json
 import subprocess
@@ -57,16 +58,19 @@ def write_gzip(path, start, endless):
     assert path.stat().st_size < 30e6
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "name, start, endless",
     [
         ("line.csv.gz", b"smiles,homo\n", b"C"),
-        ("header.csv.gz", b"", b"C"),
-        ("quotes.csv.gz", b'smiles,homo\nC,"', b'1\n","'),
-        ("line.sdf.gz", b"", b"C"),
-        ("lines.sdf.gz", b"", b"C\n"),
-        ("line.xyz.gz", b"", b"1"),
-        ("comment.xyz.gz", b"1\n", b"C"),
+        slow("header.csv.gz", b"", b"C"),
+        slow("quotes.csv.gz", b'smiles,homo\nC,"', b'1\n","'),
+        slow("line.sdf.gz", b"", b"C"),
+        slow("lines.sdf.gz", b"", b"C\n"),
+        slow("line.xyz.gz", b"", b"1"),
+        slow("comment.xyz.gz", b"1\n", b"C"),
         ("lines.extxyz.gz", b"999999999999\n", b"C 0 0 0\n"),
     ],
 )
@@ -75,6 +79,7 @@ def test_text_without_an_end(tmp_path, name, start, endless):
     assert "goes on for more than 16,776,960 characters" in read(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_an_array_that_would_be_read_whole(tmp_path):
     """In the order of Fortran, 2.8 GB: its rows do not lie together."""
     file = tmp_path / "arrays.npz"
@@ -91,15 +96,17 @@ def test_an_array_that_would_be_read_whole(tmp_path):
     assert "would take 2,760,000,000 bytes at once" in read(file)
 
 
+@pytest.mark.slow
 def test_a_header_of_an_array_that_has_no_end(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("R.npy", "w", force_zip64=True) as stream:
             stream.write(b"\x93NUMPY\x02\x00\xff\xff\xff\xff")
             for _ in range(280):
                 stream.write(b" " * 10_000_000)
-    assert "R.npy" in read(tmp_path / "a.npz")
+    assert "expected 4294967295 bytes got 65" in read(tmp_path / "a.npz")  # not: no memory
 
 
+@pytest.mark.slow
 def test_a_name_in_an_archive_that_has_no_end(tmp_path):
     name = tarfile.TarInfo("long")
     name.type, name.size = tarfile.GNUTYPE_LONGNAME, 9 << 30
@@ -107,7 +114,8 @@ def test_a_name_in_an_archive_that_has_no_end(tmp_path):
     assert "header of the archive (long) has 9663676416 bytes" in read(tmp_path / "qm9.tar.gz")
 
 
-@pytest.mark.parametrize("bomb", [CARD, pytest.param(WEIGHTS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bomb", [CARD, WEIGHTS])
 def test_a_model_that_unpacks_to_gigabytes(tmp_path, bomb):
     with zipfile.ZipFile(tmp_path / "m.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open(bomb, "w", force_zip64=True) as stream:

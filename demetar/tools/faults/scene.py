@@ -1,8 +1,6 @@
 """One fault under way, and the oracles that say what comes of it."""
 
 import contextlib
-import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -32,6 +30,7 @@ from demetar.tools.faults.bench import (
 )
 from demetar.tools.local_job import LocalJob
 from demetar.training.checkpoints import read_arrays, saved
+from demetar.training.manifest import MANIFEST, write_manifest
 
 _PATIENCE = 90.0  # seconds that any command here may take
 _OF_A_RUN = {
@@ -120,15 +119,8 @@ class Scene:
     def sign(self, step: str) -> None:
         """Gives an altered checkpoint of `run` a manifest that fits, as a stranger could."""
         folder = self.run / "checkpoints" / step
-        files = {
-            str(file.relative_to(folder)): {
-                "bytes": file.stat().st_size,
-                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-            }
-            for file in folder.rglob("*")
-            if file.is_file() and file.name != "manifest.json"
-        }
-        (folder / "manifest.json").write_text(json.dumps({"files": files}))
+        (folder / MANIFEST).unlink()
+        write_manifest(folder)
 
     def frozen(self, job: LocalJob, process: int = 0) -> int:
         """Waits until a process has stopped itself (SIGSTOP); returns its id."""

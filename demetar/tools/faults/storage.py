@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 
+from data_pipelines.json_text import json_text
 from demetar.exits import EXIT_PREEMPTED, EXIT_USER_ERROR
 from demetar.records.files import read_jsonl
 from demetar.tools.faults.bench import Case, injecting
@@ -216,7 +217,7 @@ def linked(scene: Scene) -> None:
     content = json.loads(manifest.read_text())
     digest = hashlib.sha256(before).hexdigest()
     content["files"]["../../../outside"] = {"bytes": len(before), "sha256": digest}
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json_text(content))
     _goes_back(scene)
     scene.check("files", outside.read_bytes() == before, "so is what a manifest names outside")
 
@@ -227,7 +228,7 @@ def other_release(scene: Scene) -> None:
         file = scene.half() / "config.json"
         identity = json.loads(file.read_text())
         identity["config"][group][key] = True
-        file.write_text(json.dumps(identity))
+        file.write_text(json_text(identity))
         before = scene.listing()
         scene.train(code=EXIT_USER_ERROR, says="saved by another version of demetar")
         scene.unchanged(before)

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 
+from data_pipelines.json_text import json_text
 from demetar.exits import EXIT_LOST, EXIT_PREEMPTED, EXIT_USER_ERROR
 from demetar.job.place import find_place
 from demetar.tools.faults.bench import ROOT, Case, NotMade
@@ -88,7 +89,7 @@ def other_shapes(scene: Scene) -> None:
     for file in (scene.run / "config.json", scene.run / "checkpoints" / "40" / "meta" / "metadata"):
         identity = json.loads(file.read_text())
         identity["config"]["model"]["width"] = 16  # as if it had been
-        file.write_text(json.dumps(identity))
+        file.write_text(json_text(identity))
     scene.sign("40")
     before = scene.listing()
     flags[-1] = "--config.model.width=16"
