@@ -39,11 +39,6 @@ def _strike(moment):
         sys.setswitchinterval(1e9)
         while True:
             pass
-    if _action == "unreadable":
-        from demetar.training.checkpoints import Checkpoints
-
-        Checkpoints.restore = _cannot_read
-        return
     if _action == "crash":
         ctypes.string_at(0)
     if _action == "unreadable":
