@@ -71,7 +71,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
         slow("lines.sdf.gz", b"", b"C\n"),
         slow("line.xyz.gz", b"", b"1"),
         slow("comment.xyz.gz", b"1\n", b"C"),
-        ("lines.extxyz.gz", b"999999999999\n", b"C 0 0 0\n"),
+        slow("lines.extxyz.gz", b"999999999999\n", b"C 0 0 0\n"),
     ],
 )
 def test_text_without_an_end(tmp_path, name, start, endless):

@@ -100,6 +100,7 @@ def slurm(cluster):
     return folder, environment | {"TASKS": "1"}
 
 
+@pytest.mark.slow
 def test_slurm_requeues_after_its_warning_and_the_run_goes_on(slurm, runner, tmp_path):
     """sbatch's USR1 to the script; requeue; the same script again: real processes throughout."""
     folder, environment = slurm

@@ -249,7 +249,8 @@ def test_every_model_of_the_config_takes_a_step(model, cache_dir):
     assert all(jax.tree.leaves(changed))
 
 
-@pytest.mark.parametrize("model", ["tfn", pytest.param("se3_transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tfn", "se3_transformer"])
 def test_positions_and_velocities_are_learned_together(model, cache_dir):
     changes = {
         "data.cache_dir": cache_dir,

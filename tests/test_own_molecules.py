@@ -432,34 +432,25 @@ def test_a_file_is_scored_in_any_unit(molecules, saved, tmp_path, quietly, capsy
 # --- the page ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_page_works_as_it_stands(whole, runner, tmp_path, cache_dir):
+@pytest.mark.slow
+def test_the_page_works_as_it_stands(tmp_path, cache_dir):
     """The commands of docs/guide/molecules.md, in their order, as a new user types them."""
     page = [fence for fence in ALL if fence.page == "docs/guide/molecules.md"]
     make = next(fence for fence in page if fence.language == "python")
     subprocess.run([sys.executable, "-c", make.text], cwd=tmp_path, check=True)
-    if not whole:  # 31 molecules of one size, so that each program is compiled once
-        kept = {f"qm9-{m.index}" for m in read_raw(str(SAMPLE_FILE)) if len(m.atomic_numbers) == 15}
-        rows = [row for row in read_csv(tmp_path / "homo.csv") if row["name"] in kept]
-        write_csv(tmp_path / "homo.csv", rows)
     commands = next(fence for fence in page if fence.language == "sh").commands()
     assert len(commands) == 5
-    for _, command, *arguments in commands if whole else commands[:3]:
-        if command == "train" and not whole:
-            arguments = [a.replace("molecules:small", "molecules:small,smoke") for a in arguments]
+    for _, command, *arguments in commands:
         process = subprocess.run(
             [sys.executable, "-m", "demetar.cli", command, *arguments],
             cwd=tmp_path,
-            env=(os.environ if whole else runner.environment())
-            | {"XDG_CACHE_HOME": cache_dir, "PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {"XDG_CACHE_HOME": cache_dir, "PYTHONPATH": str(REPOSITORY)},
             capture_output=True,
             text=True,
         )
         assert process.returncode == EXIT_DONE, (command, process.stderr[-2000:])
         if command == "predict" and "CCO" in arguments:
             assert process.stdout.splitlines()[0].startswith("smiles,homo_pred,ood,")
-    if not whole:
-        return
     rows = read_csv(tmp_path / "predicted.csv")
     good = [row for row in rows if row["status"] == "ok"]
     assert (len(rows), len(good)) == (500, 495)  # five strained cages

@@ -160,7 +160,9 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
     assert not (tmp_path / "failures.jsonl").exists()  # being killed is no failure
 
 
-@pytest.mark.parametrize("count, lost, stuck, seconds", [(1, 1, 1, 5), (2, 5, 8, 8)])
+@pytest.mark.parametrize(
+    "count, lost, stuck, seconds", [(1, 1, 1, 5), pytest.param(2, 5, 8, 8, marks=pytest.mark.slow)]
+)
 def test_a_job_that_is_stopped_as_a_whole_goes_on(start, tmp_path, count, lost, stuck, seconds):
     """Ctrl-Z and `fg`, or a machine that sleeps: for longer than anyone may be silent."""
     bounds = [f"--config.cluster.lost_seconds={lost}", f"--config.cluster.stuck_seconds={stuck}"]
@@ -195,6 +197,7 @@ def test_an_exception_in_one_process_ends_all(start, tmp_path):
     assert len(read_jsonl(tmp_path / "failures.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_a_first_save_that_one_process_cannot_read_ends_all(start, tmp_path):
     said = run(start(tmp_path, 2, fault="1:save:5:unreadable"), EXIT_FAILED)
     assert f"first checkpoint of this run, {tmp_path}/checkpoints/5, cannot be restored" in said
@@ -235,6 +238,7 @@ def test_processes_that_fail_in_one_start_count_once(tmp_path):
 # --- signals ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_signal_to_one_process_in_any_phase(start, tmp_path):
     """Each phase in turn on one run; at the end it is the run that nobody disturbed."""
@@ -286,7 +290,7 @@ def test_a_second_signal_ends_at_once_and_a_second_job_is_refused(start, tmp_pat
     assert f"resumed at step {latest}" in log_of(tmp_path, 0)
 
 
-@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("asked", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_signal_where_processes_share_their_graphs(start, tmp_path, asked):
     """`model` over two processes: both compute all graphs, one alone is asked to stop."""
     mesh = ["--config.mesh.data=1", "--config.mesh.model=2"]

@@ -73,6 +73,7 @@ def test_readers_leave_a_finished_run_as_it_is(runner, workdir, tmp_path):
     assert json.loads(said["evaluate"])["count"] == 50 and "CCO" in said["predict"]
 
 
+@pytest.mark.slow
 def test_readers_work_where_nothing_can_be_written(runner, read_only, tmp_path):
     for name, process in start_readers(runner, read_only, tmp_path).items():
         if name == "doctor":  # says that a run could not be trained there
@@ -83,7 +84,7 @@ def test_readers_work_where_nothing_can_be_written(runner, read_only, tmp_path):
 
 def test_a_run_that_is_read_all_the_time_is_the_same_run(runner, tmp_path):
     """Saved at each second step, and looked at from all sides until it ends."""
-    more = ["--config.train.num_steps=300", "--config.checkpoint.every_steps=2"]
+    more = ["--config.train.num_steps=150", "--config.checkpoint.every_steps=2"]
     more += ["--config.train.eval_every=10"]
     start = lambda name: runner.start(tmp_path / name, *more, config="nbody.py:smoke,linear")
     alone, watched = start("alone"), start("watched")

@@ -45,6 +45,7 @@ def command(runner, module, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_both_commands_on_runs_that_are_exact(runner):
     """Dropout and bfloat16, compiled as for a user; then faults at drawn moments."""
     flags = ["--config=configs/qm9.py:smoke", *TINY["qm9.py:smoke"], "--config.model.dropout=0.1"]

@@ -195,6 +195,7 @@ def test_a_first_save_that_the_disk_lost_stops_the_run(tmp_path, config_of, monk
     _first_save_fails(config_of, tmp_path, "cannot be restored: ")
 
 
+@pytest.mark.slow
 def test_a_first_save_that_is_read_as_another_state_stops_the_run(tmp_path, config_of, monkeypatch):
     restore = Checkpoints.restore
 
