@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 
 
 class UserError(Exception):
@@ -31,15 +32,26 @@ _LESS_MEMORY = (
 _SPECIFICATION = re.compile(r" \[(tensorstore_spec|source locations)=.*?'\]")
 
 
-def machine_fault(error: BaseException | None) -> str | None:
+def machine_fault(error: BaseException | None, folder: os.PathLike | None = None) -> str | None:
     """What to say if the machine has refused something, as a full disk does; None if it has not.
 
     Libraries in C++ give the system's words in an error of their own: those are looked for too.
+
+    Args:
+      error: with its causes.
+      folder: that was written; of a full disk it is named, with the bytes that are free.
     """
     while error is not None:
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 said = _SPECIFICATION.sub("", str(error).splitlines()[-1])
+                if (
+                    number in (errno.ENOSPC, errno.EDQUOT)
+                    and folder is not None
+                    and os.path.isdir(folder)
+                ):
+                    free = shutil.disk_usage(folder).free
+                    said += f": {folder} has {free:,} bytes free"
                 return f"{said}. {remedy}, and give the same command again."
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             said = str(error).partition("\n")[0] or "There is no memory left"

@@ -14,7 +14,11 @@ from demetar.tools.faults.scene import perform
 
 # Of each group some that are fast.
 QUICK = {
-    **{16: SURVIVED, 30: SURVIVED, 36: SURVIVED, 47: REFUSED, 59: REFUSED, 61: REFUSED},
+    30: SURVIVED,
+    36: SURVIVED,
+    47: REFUSED,
+    59: REFUSED,
+    61: REFUSED,
     66: REFUSED,
 }
 

@@ -286,7 +286,7 @@ def test_models_and_targets_must_match(cache_dir):
 
 def test_result_of_a_run_on_particles(runner, tmp_path):
     """That a killed one goes on bit for bit is shown in test_processes.py."""
-    runner.run(tmp_path, config="nbody.py:smoke")
+    runner.run(tmp_path, config="nbody.py:smoke,linear")
     result = json.loads((tmp_path / "result.json").read_text())
     row = result["targets"]["position"]
     assert set(row) >= {"mse", "unit", "median", "interval_95", "mse_of_linear"}

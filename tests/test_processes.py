@@ -139,7 +139,7 @@ def test_the_whole_matrix(tmp_path):
     "victim, name, says",
     [
         (1, "SIGKILL", "Process 1 of 2"),
-        (0, "SIGKILL", "Process 0 of 2"),
+        pytest.param(0, "SIGKILL", "Process 0 of 2", marks=pytest.mark.slow),
         pytest.param(1, "SIGSTOP", "Process 1 of 2", marks=pytest.mark.slow),
     ],
 )

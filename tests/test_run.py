@@ -173,8 +173,9 @@ def test_evaluate_needs_one_device_whatever_the_run_had(runner, finished, half):
 # --- the first save -------------------------------------------------------------------------------
 
 
-def _first_save_fails(config_of, workdir, message):
-    config = config_of(checkpoint__every_steps=3)
+def _first_save_fails(cache_dir, workdir, message):
+    values = {"data.cache_dir": cache_dir, "data.eval_batch_size": 4, "mesh.data": 1}
+    config = load_config("nbody:smoke,linear", values | {"checkpoint.every_steps": 3})
     with pytest.raises(
         NotRestorable, match=f"first checkpoint of this run, .*/3, {message}"
     ) as end:
@@ -183,7 +184,7 @@ def _first_save_fails(config_of, workdir, message):
     assert not list(workdir.glob("checkpoints/*/manifest.json"))  # no start relies on it
 
 
-def test_a_first_save_that_the_disk_lost_stops_the_run(tmp_path, config_of, monkeypatch):
+def test_a_first_save_that_the_disk_lost_stops_the_run(tmp_path, cache_dir, monkeypatch):
     """A stand-in for a disk that keeps nothing: the largest file is cut before it is read."""
     meta = Checkpoints.meta
 
@@ -192,11 +193,10 @@ def test_a_first_save_that_the_disk_lost_stops_the_run(tmp_path, config_of, monk
         return meta(self, step)
 
     monkeypatch.setattr(Checkpoints, "meta", meta_of_a_cut_file)
-    _first_save_fails(config_of, tmp_path, "cannot be restored: ")
+    _first_save_fails(cache_dir, tmp_path, "cannot be restored: ")
 
 
-@pytest.mark.slow
-def test_a_first_save_that_is_read_as_another_state_stops_the_run(tmp_path, config_of, monkeypatch):
+def test_a_first_save_that_is_read_as_another_state_stops_the_run(tmp_path, cache_dir, monkeypatch):
     restore = Checkpoints.restore
 
     def other(self, step, abstract_state):
@@ -204,7 +204,7 @@ def test_a_first_save_that_is_read_as_another_state_stops_the_run(tmp_path, conf
         return state.replace(ema=jax.tree.map(lambda x: x + 1e-6, state.ema))
 
     monkeypatch.setattr(Checkpoints, "restore", other)
-    _first_save_fails(config_of, tmp_path, "is restored as another state")
+    _first_save_fails(cache_dir, tmp_path, "is restored as another state")
 
 
 # --- a folder that has a run ---------------------------------------------------------------------

@@ -213,7 +213,7 @@ class Job:
         if isinstance(error, UserError):
             log.complain(f"error: {error}")
             code = error.exit_code
-        elif message := machine_fault(error):
+        elif message := machine_fault(error, self._workdir):
             log.complain(f"error: {message}")
             code = EXIT_USER_ERROR
         else:

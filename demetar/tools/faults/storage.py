@@ -50,7 +50,7 @@ def _full_at(scene: Scene, step: int) -> None:
         except OSError:
             pass
     os.kill(pid, signal.SIGCONT)
-    scene.end(job, EXIT_USER_ERROR, says=("No space left", "Free some space"))
+    scene.end(job, EXIT_USER_ERROR, says=("No space left", "bytes free. Free some space"))
     scene.check("files", not (scene.run / "result.json").exists(), "no result")
     ballast.unlink()
     scene.train()
