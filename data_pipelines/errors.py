@@ -45,11 +45,7 @@ def machine_fault(error: BaseException | None, folder: os.PathLike | None = None
         for number, remedy in _REMEDIES.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 said = _SPECIFICATION.sub("", str(error).splitlines()[-1])
-                if (
-                    number in (errno.ENOSPC, errno.EDQUOT)
-                    and folder is not None
-                    and os.path.isdir(folder)
-                ):
+                if number == errno.ENOSPC and folder and os.path.isdir(folder):
                     free = shutil.disk_usage(folder).free
                     said += f": {folder} has {free:,} bytes free"
                 return f"{said}. {remedy}, and give the same command again."
