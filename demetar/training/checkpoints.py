@@ -13,6 +13,8 @@ import json
 import os
 import pathlib
 import shutil
+import time
+from collections.abc import Callable
 
 import flax.traverse_util
 import jax
@@ -59,9 +61,10 @@ class Checkpoints:
             damaged = self._set_damaged_aside(workdir / "damaged")
         job.barrier("checkpoints")
         self._best = _KeepBest()
+        self._failed: Exception | None = None  # of this process's part of the save under way
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
-            item_names=("state", "meta"),
+            item_handlers={"state": self._handler(), "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True,
                 preservation_policy=preservation_policy.AnyPreservationPolicy(
@@ -77,6 +80,23 @@ class Checkpoints:
         self._without_manifest: int | None = None
         self._hashing = concurrent.futures.ThreadPoolExecutor(1, "manifest")
         self._hashed: concurrent.futures.Future | None = None
+
+    def _handler(self) -> ocp.StandardCheckpointHandler:
+        """Orbax's handler of a state, which tells us at once when its writing has failed.
+
+        Orbax itself would only say so when all processes are done, and those wait for this one.
+        """
+        handler = ocp.StandardCheckpointHandler()
+        save = handler.async_save
+
+        async def told(*args, **options):
+            return [_Told(future, self._fail) for future in await save(*args, **options) or ()]
+
+        handler.async_save = told
+        return handler
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = error
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -232,7 +252,7 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Writes the manifest, in a thread, once the save under way is committed."""
-        if self._without_manifest is None or self._manager.is_saving_in_progress():
+        if self._without_manifest is None or self._is_saving():
             return
         self._manager.wait_until_finished()  # raises what went wrong in the background
         folder = self._folder / str(self._without_manifest)
@@ -242,11 +262,19 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk with its manifest."""
+        while self._is_saving():
+            time.sleep(0.005)
         self._manager.wait_until_finished()
         self.poll()
         if self._hashed is not None:
             self._hashed.result()
             self._hashed = None
+
+    def _is_saving(self) -> bool:
+        """Whether a save is under way; raises why this process's part of it has failed."""
+        if self._failed is not None and self._manager.is_saving_in_progress():
+            raise self._failed
+        return self._manager.is_saving_in_progress()
 
     def close(self) -> None:
         self.wait()
@@ -344,6 +372,21 @@ def read_best(workdir: pathlib.Path) -> tuple[int, dict, dict]:
             f"{sorted(whole)}: train for longer first."
         )
     return best, read_arrays(whole[best], "ema")["ema"], identity
+
+
+@dataclasses.dataclass
+class _Told:
+    """A future of Orbax that calls `fail` with the error that it raises."""
+
+    future: ocp.future.Future
+    fail: Callable[[Exception], None]
+
+    def result(self, timeout: float | None = None):
+        try:
+            return self.future.result(timeout)
+        except Exception as error:
+            self.fail(error)
+            raise
 
 
 class _KeepBest:
