@@ -13,7 +13,13 @@ import pytest
 from conftest import REPOSITORY, load_module
 
 from data_pipelines.errors import UserError
-from demetar.exits import EXIT_FAILED, EXIT_LOST, EXIT_NO_PROGRESS, NoProgress
+from demetar.exits import (
+    EXIT_FAILED,
+    EXIT_LOST,
+    EXIT_NO_PROGRESS,
+    EXIT_USER_ERROR,
+    NoProgress,
+)
 from demetar.job.agreement import odd_one_out
 from demetar.job.failures import check_progress, count_failure
 from demetar.job.job import Job
@@ -195,6 +201,15 @@ def test_an_exception_in_one_process_ends_all(start, tmp_path):
     assert "Process 1 of 2" in log_of(tmp_path, 0)
     assert "a bug in the loader" in log_of(tmp_path, 0)
     assert len(read_jsonl(tmp_path / "failures.jsonl")) == 1
+
+
+def test_a_disk_that_is_full_for_one_process_alone_ends_all(start, tmp_path):
+    """Its others wait for its part of the save: it says at once that there will be none."""
+    job = start(tmp_path, 2, fault="1:save:10:unwritable")
+    said = run(job, EXIT_USER_ERROR)
+    assert codes(job) == [EXIT_USER_ERROR] * 2, said
+    assert "No space left" in said and "Free some space" in said
+    assert latest_step(tmp_path) == 5 and not (tmp_path / "failures.jsonl").exists()
 
 
 @pytest.mark.slow

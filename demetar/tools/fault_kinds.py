@@ -150,14 +150,16 @@ def fill_disk(scene: Scene) -> dict:
     filler.unlink()
     # A save that failed in its thread is noticed at the next one, when there is space again.
     deadline, before = time.monotonic() + _NOTICED, logged_step(scene.workdir)
-    while scene.runs and time.monotonic() < deadline:
-        if logged_step(scene.workdir) > before + 2 * SAVE_EVERY:
-            break
+    hangs = True
+    while scene.runs and hangs and time.monotonic() < deadline:
+        hangs = logged_step(scene.workdir) <= before + 2 * SAVE_EVERY
         time.sleep(0.05)
     if not scene.runs:
         scene.job.wait()
+        hangs = False
     refused = set(scene.codes) == {EXIT_USER_ERROR}
-    return {"seconds": round(seconds, 1), "as_promised": scene.unharmed or refused}
+    good = refused or (scene.unharmed and not hangs)
+    return {"seconds": round(seconds, 1), "as_promised": good}
 
 
 def flip_byte(scene: Scene) -> dict:

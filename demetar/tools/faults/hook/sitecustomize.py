@@ -7,7 +7,7 @@ when process `process` (a number, or `all`) enters a phase whose name starts wit
 or later; or just before it does what Python's audit event says (`os.rename`, `open`, ...) to a file
 whose path contains `path`. Once in this start. `action` is `raise`, `sleep` for ever, hold the
 interpreter's lock for ever (`hold`), read address 0 (`crash`), restore no checkpoint from then on
-(`unreadable`), or a signal's name, sent to itself.
+(`unreadable`), find the disk full when it saves (`unwritable`), or a signal's name, sent to itself.
 The moment is arranged; the processes, their signals and what is left of them are real.
 """
 
@@ -25,6 +25,24 @@ _struck = []
 
 def _cannot_read(self, step, abstract_state):
     raise OSError(errno.EIO, os.strerror(errno.EIO), str(step))
+
+
+class _NoSpace:
+    """A future of Orbax: what one that writes raises on a full disk."""
+
+    def result(self, timeout=None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file of the checkpoint")
+
+
+def _refuse_to_write():
+    import orbax.checkpoint as ocp
+
+    save = ocp.PyTreeCheckpointHandler.async_save
+
+    async def async_save(self, *args, **options):
+        return [*(await save(self, *args, **options)), _NoSpace()]
+
+    ocp.PyTreeCheckpointHandler.async_save = async_save
 
 
 def _strike(moment):
@@ -45,6 +63,9 @@ def _strike(moment):
         from demetar.training.checkpoints import Checkpoints
 
         Checkpoints.restore = _cannot_read
+        return
+    if _action == "unwritable":
+        _refuse_to_write()
         return
     os.kill(os.getpid(), signal.Signals[_action])
 
