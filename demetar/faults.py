@@ -4,7 +4,7 @@
 
 trains a tiny model undisturbed, then makes each fault: signals, full disks, damaged files, other
 topologies, bad data, bad numbers. Compares exit codes, times, files, the graphs of every step and
-the final state. About twenty minutes on two cores; as root, because it mounts small disks, and with
+the final state. About half an hour on two cores; as root, because it mounts small disks, and with
 strace, which makes system calls fail; what it cannot make, it says. `--page` writes
 docs/results/faults.md of a checkout. Prints JSON. Exit code 0 if no row is lost, 1 if one is.
 """

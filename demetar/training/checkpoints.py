@@ -223,7 +223,7 @@ class Checkpoints:
           NotRestorable: it cannot be read, or is another one.
         """
         step = self._without_manifest
-        self._manager.wait_until_finished()
+        self._wait_for_orbax()
         place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         abstract_state = jax.tree.map(place, state)
         wanted = state_sha256(sharding.to_host(state), progress.to_json())
@@ -262,13 +262,16 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk with its manifest."""
-        while self._is_saving():
-            time.sleep(0.005)
-        self._manager.wait_until_finished()
+        self._wait_for_orbax()
         self.poll()
         if self._hashed is not None:
             self._hashed.result()
             self._hashed = None
+
+    def _wait_for_orbax(self) -> None:
+        while self._is_saving():
+            time.sleep(0.005)
+        self._manager.wait_until_finished()  # raises what went wrong in the background
 
     def _is_saving(self) -> bool:
         """Whether a save is under way; raises why this process's part of it has failed."""
