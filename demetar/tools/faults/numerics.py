@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-import pickle
+import pickle  # to make what must never be read
 import shutil
 
 import jax

@@ -65,20 +65,20 @@ def full_disk_at_the_last_save(scene: Scene) -> None:
     _full_at(scene, 40)
 
 
-def no_quota(scene: Scene) -> None:
+def _cannot_write(scene: Scene, error: str, says: str) -> None:
+    """A run goes on from a checkpoint and cannot write the next one; then it can."""
     scene.train(1, "--config.checkpoint.stop_at=10", code=EXIT_PREEMPTED)
-    prefix = injecting("fsync", "error=EDQUOT")
-    scene.train(prefix=prefix, code=EXIT_USER_ERROR, says="Free some of your quota")
+    scene.train(prefix=injecting("fsync", f"error={error}"), code=EXIT_USER_ERROR, says=says)
     scene.train()
     scene.ends_the_same()
+
+
+def no_quota(scene: Scene) -> None:
+    _cannot_write(scene, "EDQUOT", "Free some of your quota")
 
 
 def broken_disk(scene: Scene) -> None:
-    scene.train(1, "--config.checkpoint.stop_at=10", code=EXIT_PREEMPTED)
-    prefix = injecting("fsync", "error=EIO")
-    scene.train(prefix=prefix, code=EXIT_USER_ERROR, says="Input/output error")
-    scene.train()
-    scene.ends_the_same()
+    _cannot_write(scene, "EIO", "Input/output error")
     scene.another_run()
     # One whose name is drawn: the next checkpoint 40 has others, which can be read.
     file = largest(scene.half() / "checkpoints" / "40" / "state" / "d")
