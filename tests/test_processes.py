@@ -217,6 +217,16 @@ def test_a_disk_that_is_full_for_one_process_alone_ends_all(start, tmp_path, ste
     assert latest_step(tmp_path) == last and not (tmp_path / "failures.jsonl").exists()
 
 
+@pytest.mark.parametrize("step, last", [(10, 5), pytest.param(5, 0, marks=pytest.mark.slow)])
+def test_a_save_that_cannot_be_given_its_name_ends_all(start, tmp_path, step, last):
+    """Its other process waits at another barrier of Orbax than the one that has failed."""
+    job = start(tmp_path, 2, fault=f"0:os.rename:checkpoints/{step}.orbax:full")
+    said = run(job, EXIT_USER_ERROR)
+    assert codes(job) == [EXIT_USER_ERROR] * 2, said
+    assert "No space left" in log_of(tmp_path, 0)
+    assert latest_step(tmp_path) == last and not (tmp_path / "failures.jsonl").exists()
+
+
 @pytest.mark.slow
 def test_a_first_save_that_one_process_cannot_read_ends_all(start, tmp_path):
     said = run(start(tmp_path, 2, fault="1:save:5:unreadable"), EXIT_FAILED)

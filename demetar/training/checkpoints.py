@@ -13,8 +13,9 @@ import json
 import os
 import pathlib
 import shutil
+import sys
+import threading
 import time
-from collections.abc import Callable
 
 import flax.traverse_util
 import jax
@@ -61,11 +62,15 @@ class Checkpoints:
             damaged = self._set_damaged_aside(workdir / "damaged")
         job.barrier("checkpoints")
         self._best = _KeepBest()
-        self._failed: Exception | None = None  # of this process's part of the save under way
+        self._failed: BaseException | None = None  # of this process's part of the save under way
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
-            item_handlers={"state": self._handler(), "meta": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
+                async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
                 cleanup_tmp_directories=True,
                 preservation_policy=preservation_policy.AnyPreservationPolicy(
                     [preservation_policy.LatestN(keep_last), self._best]
@@ -81,22 +86,17 @@ class Checkpoints:
         self._hashing = concurrent.futures.ThreadPoolExecutor(1, "manifest")
         self._hashed: concurrent.futures.Future | None = None
 
-    def _handler(self) -> ocp.StandardCheckpointHandler:
-        """Orbax's handler of a state, which tells us at once when its writing has failed.
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's barrier of a save, which first looks whether this process's part has failed.
 
-        Orbax itself would only say so when all processes are done, and those wait for this one.
+        Orbax goes to a barrier on its way out of a failure too, and the processes that did not
+        fail are at another, so both would wait for their whole time. The one that fails says so
+        here, whatever it was doing: writing, giving the folder its name, deleting an old one.
         """
-        handler = ocp.StandardCheckpointHandler()
-        save = handler.async_save
-
-        async def told(*args, **options):
-            return [_Told(future, self._fail) for future in await save(*args, **options) or ()]
-
-        handler.async_save = told
-        return handler
-
-    def _fail(self, error: Exception) -> None:
-        self._failed = error
+        in_background = threading.current_thread() is not threading.main_thread()
+        if in_background and (error := sys.exception()) is not None:
+            self._failed = error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     # --- reading -------------------------------------------------------------------------------
 
@@ -375,21 +375,6 @@ def read_best(workdir: pathlib.Path) -> tuple[int, dict, dict]:
             f"{sorted(whole)}: train for longer first."
         )
     return best, read_arrays(whole[best], "ema")["ema"], identity
-
-
-@dataclasses.dataclass
-class _Told:
-    """A future of Orbax that calls `fail` with the error that it raises."""
-
-    future: ocp.future.Future
-    fail: Callable[[Exception], None]
-
-    def result(self, timeout: float | None = None):
-        try:
-            return self.future.result(timeout)
-        except Exception as error:
-            self.fail(error)
-            raise
 
 
 class _KeepBest:

@@ -6,8 +6,9 @@
 when process `process` (a number, or `all`) enters a phase whose name starts with `phase` at `step`
 or later; or just before it does what Python's audit event says (`os.rename`, `open`, ...) to a file
 whose path contains `path`. Once in this start. `action` is `raise`, `sleep` for ever, hold the
-interpreter's lock for ever (`hold`), read address 0 (`crash`), restore no checkpoint from then on
-(`unreadable`), find the disk full when it saves (`unwritable`), or a signal's name, sent to itself.
+interpreter's lock for ever (`hold`), read address 0 (`crash`), find the disk full now (`full`) or
+when it saves (`unwritable`), restore no checkpoint from then on (`unreadable`), or a signal's name,
+sent to itself.
 The moment is arranged; the processes, their signals and what is left of them are real.
 """
 
@@ -51,6 +52,8 @@ def _strike(moment):
     _struck.append(moment)
     if _action == "raise":
         raise RuntimeError("a bug in the loader")
+    if _action == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), moment)
     if _action == "sleep":
         time.sleep(3600)
     if _action == "hold":
