@@ -19,6 +19,9 @@ from demetar.training.checkpoints import saved, size_of
 
 EXACT = "nothing lost"
 _STARTUP_SECONDS = 12.0  # in which early faults fall
+# For a process that is killed before it has joined: its others end by themselves, before whoever
+# started them (`LocalJob.wait`) kills them too.
+_START_SECONDS = 90
 _BESIDE = 64 << 20  # bytes of the small disk for logs, metrics and what is set aside
 
 
@@ -46,6 +49,7 @@ def chaos(
       What happened, as JSON; `verdict` is `EXACT` if nothing was lost and all went as promised.
     """
     whole = folder / "whole"
+    arguments = [*arguments, f"--config.cluster.start_seconds={_START_SECONDS}"]
     say(f"{steps} steps without a break, {count} process(es) ...")
     started = time.monotonic()
     finish(run_to(whole, arguments, steps, SAVE_EVERY, count))
