@@ -53,6 +53,8 @@ MOLECULES = {
     "mean": POST | {"readout": "mean"},
     "node": POST,
     "environment": POST | {"environment": True},
+    "directions": POST | {"directions": 4, "edge_angles": True},
+    "edge_angles": POST | {"edge_angles": True, "edge_attention": "shared_node"},
     "along_edges": POST | {"attention": "edges", "edge_attention": "none"},
     "remat": POST | {"remat": True},
     "egnn_qm9": dict(name="egnn", readout="sum", width=16, num_layers=2, attention=True),

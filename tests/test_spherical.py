@@ -86,7 +86,7 @@ def test_a_rotation_turns_them_by_an_orthogonal_matrix(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_gradients_are_finite_and_smooth_on_the_axes_and_0_at_the_origin(order):
+def test_gradients_are_finite_and_smooth_on_the_axes_and_all_is_0_at_the_origin(order):
     function = lambda x: spherical_harmonics(order, x)
     forward = jax.jit(jax.vmap(jax.jacfwd(function)))
     backward = jax.jit(jax.vmap(jax.jacrev(function)))
@@ -96,6 +96,7 @@ def test_gradients_are_finite_and_smooth_on_the_axes_and_0_at_the_origin(order):
     np.testing.assert_allclose(values, backward(points), atol=1e-12)
     np.testing.assert_allclose(values[:6], forward(points + 1e-7)[:6], atol=1e-4)
     assert not np.any(values[6])
+    assert order == 0 or not np.any(function(np.zeros(3)))  # it has no direction
 
 
 def test_known_couplings():

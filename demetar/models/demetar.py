@@ -44,6 +44,7 @@ from demetar.models.layers import (
     safe_norm,
 )
 from demetar.models.ops import select_rows
+from demetar.models.spherical import spherical_harmonics
 
 
 class Demetar(GraphModel):
@@ -71,6 +72,10 @@ class Demetar(GraphModel):
         layer and head. The post: False, geometry enters through edges alone.
       environment: tokens of atoms, and of edges by their midpoint, also see how many atoms of
         each element are how far away. The post: False.
+      directions: C, tokens of atoms also see at which angles to each other those lie, by C products
+        of vectors and C of tensors. The post: 0, none.
+      edge_angles: tokens of edges also see at which angles to them the atoms lie, and the distance
+        and angle between two edges bias the logits of edge attention. The post: False.
       scaling: of attention, `standard` or `blog`; see `layers.Attention`.
       dropout: rate on residual branches.
       remat: transformer layers are computed again in the backward pass instead of being kept.
@@ -84,7 +89,7 @@ class Demetar(GraphModel):
         "edge_attention": ("full", "shared_node", "none"),
         "scaling": ("standard", "blog"),
     }
-    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "node_layers", "joint_layers"})
+    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "node_layers", "joint_layers", "directions"})
 
     elements: tuple[int, ...]
     equivariance: str = "velocity"
@@ -102,6 +107,8 @@ class Demetar(GraphModel):
     edge_atoms: bool = True
     pair_bias: bool = True
     environment: bool = False
+    directions: int = 0
+    edge_angles: bool = False
     scaling: str = "standard"
     dropout: float = 0.0
     remat: bool = False
@@ -120,7 +127,8 @@ class Demetar(GraphModel):
     def check(self) -> None:
         super().check()
         if self.attention == "edges":
-            for option, wanted in {"edge_attention": "none", "environment": False}.items():
+            of_pairs = {"environment": False, "directions": 0, "edge_angles": False}
+            for option, wanted in ({"edge_attention": "none"} | of_pairs).items():
                 if getattr(self, option) != wanted:
                     raise UserError(
                         "config.model.attention='edges' is for graphs too large for all pairs, but "
@@ -199,6 +207,8 @@ class Demetar(GraphModel):
         node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
         if self.environment:
             node_NxD += self._environment(graph, graph.position, "atom_environment")
+        if self.directions:
+            node_NxD += self._moments(graph)
         if graph.velocity is not None:
             columns = [graph.charge[:, None], safe_norm(graph.velocity)[:, None]]
             if self.equivariance == "none":
@@ -215,12 +225,47 @@ class Demetar(GraphModel):
     def _environment(self, graph: Graph, point_Px3: Array, name: str) -> Array:
         """Of each point: the sum over the atoms of each element of the radial basis, `[P, D]`."""
         distance_NxP = safe_norm(graph.position[:, None] - point_Px3[None])
-        is_element_ZxN = graph.atomic_number == jnp.asarray(self.elements)[:, None]
-        radial_NxPK = self._radial(distance_NxP).reshape(len(distance_NxP), -1)
-        sum_ZxPK = select_rows(is_element_ZxN.astype(self.dtype), radial_NxPK)
-        sum_ZxPxK = sum_ZxPK.reshape(len(self.elements), len(point_Px3), -1)
-        sum_PxF = sum_ZxPxK.transpose(1, 0, 2).reshape(len(point_Px3), -1)
+        sum_PxF = self._by_element(graph, self._radial(distance_NxP))
         return Dense(self.width, dtype=self.dtype, name=name)(sum_PxF)
+
+    def _moments(self, graph: Graph) -> Array:
+        """Of each atom: products of what lies around it as vectors and as tensors, `[N, D]`.
+
+        For each element the sums over its atoms of a radial basis times the spherical harmonics of
+        order 1, and of order 2: C mixtures of them times C others. A product does not turn with the
+        molecule, and tells at which angles its atoms lie (the power spectrum of SOAP, Bartok et al.
+        2013).
+        """
+        apart_NxNx3 = graph.position[:, None] - graph.position[None]
+        radial_NxNxK = self._coarse_radial(safe_norm(apart_NxNx3))
+        num_nodes, products = len(apart_NxNx3), []
+        for order in (1, 2):
+            harmonic_NxNxM = spherical_harmonics(order, apart_NxNx3, "norm").astype(self.dtype)
+            terms_NxNxMxK = harmonic_NxNxM[..., None] * radial_NxNxK[:, :, None]
+            # A harmonic of each atom is like one more point: [N, N M, K].
+            terms_NxNMxK = terms_NxNxMxK.reshape(num_nodes, -1, radial_NxNxK.shape[-1])
+            mix = Dense(
+                2 * self.directions, use_bias=False, dtype=self.dtype, name=f"order_{order}"
+            )
+            mixed_NMxC2 = mix(self._by_element(graph, terms_NxNMxK))
+            mixed_NxMxC2 = mixed_NMxC2.reshape(num_nodes, 2 * order + 1, -1)
+            a_NxMxC, b_NxMxC = jnp.split(mixed_NxMxC2, 2, axis=-1)
+            products.append((a_NxMxC * b_NxMxC).sum(axis=1))
+        dense = Dense(self.width, dtype=self.dtype, name="atom_directions")
+        return dense(jnp.concatenate(products, axis=-1))
+
+    def _coarse_radial(self, distance: Array) -> Array:
+        """Half as many Gaussians, for what has several numbers of each pair."""
+        return gaussian_basis(distance, self.num_radial // 2, self.radial_cutoff).astype(self.dtype)
+
+    def _by_element(self, graph: Graph, terms_NxPxF: Array) -> Array:
+        """Of each point: the sum of a term of each atom, apart for each element, `[P, Z F]`."""
+        _, num_points, num_terms = terms_NxPxF.shape
+        is_element_ZxN = graph.atomic_number == jnp.asarray(self.elements)[:, None]
+        terms_NxPF = terms_NxPxF.reshape(len(terms_NxPxF), -1)
+        sum_ZxPF = select_rows(is_element_ZxN.astype(self.dtype), terms_NxPF)
+        sum_ZxPxF = sum_ZxPF.reshape(-1, num_points, num_terms)
+        return sum_ZxPxF.transpose(1, 0, 2).reshape(num_points, -1)
 
     def _edge_enrichment(self, graph: Graph, x_NxD: Array, deterministic: bool) -> Array:
         """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
@@ -236,20 +281,26 @@ class Demetar(GraphModel):
             approach_E = (x_Ex3 * v_Ex3).sum(axis=-1) / jnp.maximum(distance_E, 1e-3)
             columns = jnp.stack([charges_E, approach_E], axis=-1)
             edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
+        middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
+        along_Ex3 = _unit(graph.position[s_E] - graph.position[r_E])
         if self.environment:
-            middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
             edge_ExD += self._environment(graph, middle_Ex3, "edge_environment")
+        if self.edge_angles:
+            edge_ExD += self._angles_to_atoms(graph, middle_Ex3, along_Ex3)
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
             atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="edge_atom")
             edge_ExD += atom(graph.atomic_number[s_E]) + atom(graph.atomic_number[r_E])
         attend_ExE = None
         if self.edge_attention != "none":
-            attend_ExE = mask_bias(mask_E[None])
+            attend_ExE = mask_bias(jnp.broadcast_to(mask_E, (len(mask_E), len(mask_E))))
         if self.edge_attention == "shared_node":
-            attend_ExE = mask_bias(mask_E[None] & _share_a_node(s_E, r_E))[None]
-        for layer in range(self.edge_layers):
-            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, attend_ExE, deterministic)
+            attend_ExE = mask_bias(mask_E[None] & _share_a_node(s_E, r_E))
+        biases = [attend_ExE] * self.edge_layers
+        if self.edge_angles and attend_ExE is not None:
+            biases = self._edge_biases(middle_Ex3, along_Ex3, attend_ExE)
+        for layer, bias in enumerate(biases):
+            edge_ExD = self._block(f"edge_{layer}")(edge_ExD, bias, deterministic)
         cross = Attention(self.num_heads, self.scaling, self.dtype, name="cross")
         if self.attention == "edges":
             bias = _incidence_links(graph)
@@ -261,6 +312,33 @@ class Demetar(GraphModel):
             bias = mask_bias(incident_NxE)
         enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), bias)
         return jnp.where(has_edge_N[:, None], enriched_NxD, 0)
+
+    def _angles_to_atoms(self, graph: Graph, middle_Ex3: Array, along_Ex3: Array) -> Array:
+        """Of each edge: where atoms lie by distance from its middle and squared cosine, `[E, D]`.
+
+        Squared, because an edge has no sense: swapping its ends changes nothing.
+        """
+        apart_NxEx3 = graph.position[:, None] - middle_Ex3[None]
+        cosine_NxE = (_unit(apart_NxEx3) * along_Ex3).sum(axis=-1)
+        radial_NxExK = self._coarse_radial(safe_norm(apart_NxEx3))
+        terms_NxExK = jnp.square(cosine_NxE).astype(self.dtype)[..., None] * radial_NxExK
+        dense = Dense(self.width, dtype=self.dtype, name="edge_angles")
+        return dense(self._by_element(graph, terms_NxExK))
+
+    def _edge_biases(self, middle_Ex3: Array, along_Ex3: Array, mask_ExE: Array) -> list[Array]:
+        """Logit bias of each edge layer, `[H, E, E]`: of distance and angle between two edges."""
+        if not self.edge_layers:
+            return []
+        distance_ExE = safe_norm(middle_Ex3[:, None] - middle_Ex3[None])
+        cosine_ExE = along_Ex3 @ along_Ex3.T
+        radial_ExExK = self._coarse_radial(distance_ExE)
+        turned_ExExK = jnp.square(cosine_ExE).astype(self.dtype)[..., None] * radial_ExExK
+        dense = Dense(
+            self.edge_layers * self.num_heads, use_bias=False, dtype=self.dtype, name="edge_bias"
+        )
+        b_ExExF = dense(jnp.concatenate([radial_ExExK, turned_ExExK], axis=-1))
+        b_FxExE = b_ExExF.astype(distance_ExE.dtype).transpose(2, 0, 1) + mask_ExE
+        return jnp.split(b_FxExE, self.edge_layers)
 
     def _read_out(self, graph: Graph, cls_D: Array, node_NxD: Array) -> dict[str, Array]:
         """Each target by its read-out: [CLS], sum or mean over nodes, each node, positions."""
@@ -301,6 +379,12 @@ class Demetar(GraphModel):
             return jnp.where(mask, x_Nx3 + along * phi_Nx1, 0)
         phi_Nx3 = Mlp(self.width, 3, wide, name="head_position")(node_NxD)
         return jnp.where(mask, phi_Nx3 + (x_Nx3 if self.equivariance == "translation" else 0), 0)
+
+
+def _unit(x: Array) -> Array:
+    """`x` over its length; 0, with gradient 0, where that is 0."""
+    length = safe_norm(x)[..., None]
+    return x / jnp.where(length == 0, 1, length)
 
 
 def _centre_of_mass(graph: Graph) -> Array:

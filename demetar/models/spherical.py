@@ -45,7 +45,8 @@ def spherical_harmonics(order: int, vector: Array, normalization: str = "compone
         if m:
             parts[-m] = legendre * sine
         cosine, sine = z * cosine - x * sine, z * sine + x * cosine
-    return jnp.stack([parts[m] for m in range(-order, order + 1)], axis=-1)
+    values = jnp.stack([parts[m] for m in range(-order, order + 1)], axis=-1)
+    return jnp.where(is_zero, 0, values) if order else values
 
 
 def _legendre(order: int, m: int, y: Array) -> Array:
