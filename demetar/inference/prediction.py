@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -37,7 +38,10 @@ from demetar.job.place import Place
 
 ROWS_OF_A_CHUNK = 8_192
 _ROWS_OF_A_BLOCK = 64  # that a worker gets at once
-_BLOCKS_AHEAD = 2 * ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while the devices compute
+_BLOCKS_AHEAD = 2 * ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while accelerators compute
+# A CPU that computes has no core to spare: both at once take the caches from each other. As many as
+# are made while the part before is written.
+_BLOCKS_AHEAD_ON_CPU = 24
 _LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -165,7 +169,9 @@ def _predict(
     )
     counts = Counter()
     with tqdm(desc="Predicting", total=readers.count_rows(request.path), unit=" rows") as bar:
-        made = map_rows(make, blocks, chunk=1, ahead=_BLOCKS_AHEAD)
+        on_cpu = jax.local_devices()[0].platform == "cpu"
+        ahead = _BLOCKS_AHEAD_ON_CPU if on_cpu else _BLOCKS_AHEAD
+        made = map_rows(make, blocks, chunk=1, ahead=ahead)
         for chunk, group in itertools.groupby(made, key=lambda block: block[0]):
             rows = [row for _, *block in group for row in _unpacked(*block)]
             part = _predicted(request, rows)
