@@ -282,10 +282,10 @@ class Demetar(GraphModel):
             columns = jnp.stack([charges_E, approach_E], axis=-1)
             edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
         middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
-        along_Ex3 = _unit(graph.position[s_E] - graph.position[r_E])
         if self.environment:
             edge_ExD += self._environment(graph, middle_Ex3, "edge_environment")
         if self.edge_angles:
+            along_Ex3 = _direction(graph.position[s_E] - graph.position[r_E])
             edge_ExD += self._angles_to_atoms(graph, middle_Ex3, along_Ex3)
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
@@ -293,9 +293,9 @@ class Demetar(GraphModel):
             edge_ExD += atom(graph.atomic_number[s_E]) + atom(graph.atomic_number[r_E])
         attend_ExE = None
         if self.edge_attention != "none":
-            attend_ExE = mask_bias(jnp.broadcast_to(mask_E, (len(mask_E), len(mask_E))))
+            attend_ExE = mask_bias(mask_E[None])
         if self.edge_attention == "shared_node":
-            attend_ExE = mask_bias(mask_E[None] & _share_a_node(s_E, r_E))
+            attend_ExE = mask_bias(mask_E[None] & _share_a_node(s_E, r_E))[None]
         biases = [attend_ExE] * self.edge_layers
         if self.edge_angles and attend_ExE is not None:
             biases = self._edge_biases(middle_Ex3, along_Ex3, attend_ExE)
@@ -319,7 +319,7 @@ class Demetar(GraphModel):
         Squared, because an edge has no sense: swapping its ends changes nothing.
         """
         apart_NxEx3 = graph.position[:, None] - middle_Ex3[None]
-        cosine_NxE = (_unit(apart_NxEx3) * along_Ex3).sum(axis=-1)
+        cosine_NxE = (_direction(apart_NxEx3) * along_Ex3).sum(axis=-1)
         radial_NxExK = self._coarse_radial(safe_norm(apart_NxEx3))
         terms_NxExK = jnp.square(cosine_NxE).astype(self.dtype)[..., None] * radial_NxExK
         dense = Dense(self.width, dtype=self.dtype, name="edge_angles")
@@ -381,10 +381,9 @@ class Demetar(GraphModel):
         return jnp.where(mask, phi_Nx3 + (x_Nx3 if self.equivariance == "translation" else 0), 0)
 
 
-def _unit(x: Array) -> Array:
+def _direction(x: Array) -> Array:
     """`x` over its length; 0, with gradient 0, where that is 0."""
-    length = safe_norm(x)[..., None]
-    return x / jnp.where(length == 0, 1, length)
+    return spherical_harmonics(1, x, "norm")
 
 
 def _centre_of_mass(graph: Graph) -> Array:

@@ -65,10 +65,7 @@ class Checkpoints:
         self._failed: BaseException | None = None  # of this process's part of the save under way
         self._manager = ocp.CheckpointManager(
             self._folder.absolute(),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+            item_names=("state", "meta"),
             options=ocp.CheckpointManagerOptions(
                 async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
                 cleanup_tmp_directories=True,
