@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError
 from demetar.training.optim import OPTIMIZERS, SCHEDULES, Plateau, make_optimizer, plateau_step
+from demetar.training.sharding import make_mesh
 
 NUM_STEPS = 60
 # At which the small problem below is learned; 1e-2 where not named.
@@ -198,16 +199,24 @@ def test_moments_keep_the_paths_of_their_parameters(name):
         assert any(path.endswith("/" + parameter) for path in moments), parameter
 
 
-def test_muon_is_the_same_where_its_matrices_are_divided():
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 3)])
+def test_muon_is_the_same_where_its_matrices_and_its_work_are_divided(shape):
     """Newton-Schulz needs whole matrices: the compiler gathers what two devices share."""
-    mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    _, tx = make_optimizer(group("muon", "constant", warmup_steps=0), num_steps=10)
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
+    optim = group("muon", "constant", warmup_steps=0)
     params, grad = make_params(), make_params(1)
+    for tree, seed in ((params, 2), (grad, 3)):
+        # Two shapes, one of them of three matrices, two of those on their side.
+        wide, other = (make_params(s)["dense"]["kernel"] for s in (seed, seed + 9))
+        tree["more"] = {"kernel": wide[:, :16], "out": {"kernel": other.T}}
+        tree["last"] = {"kernel": (wide - other).T}
+    _, tx = make_optimizer(optim, num_steps=10)
     whole, _ = jax.jit(tx.update)(grad, tx.init(params), params)
+    _, tx = make_optimizer(optim, 10, mesh)
 
     def divide(path, x):
         kernel = "dense" in jax.tree_util.keystr(path) and x.ndim == 2
-        return jax.device_put(x, NamedSharding(mesh, P("fsdp") if kernel else P()))
+        return jax.device_put(x, NamedSharding(mesh, P("fsdp", "model") if kernel else P()))
 
     inputs = (grad, tx.init(params), params)
     divided, _ = jax.jit(tx.update)(*jax.tree_util.tree_map_with_path(divide, inputs))

@@ -129,7 +129,7 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
         facts={"elements": dataset.elements, **dataset.model_facts},
         **config.model,
     )
-    schedule, tx = make_optimizer(config.optim, train.num_steps)
+    schedule, tx = make_optimizer(config.optim, train.num_steps, mesh)
     experiment = Experiment(
         config=config,
         mesh=mesh,

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.ranges import BELOW_ONE, NOT_NEGATIVE, PART, POSITIVE, check_range
+from demetar.training.muon import scale_by_muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +26,12 @@ class Optimizer:
     Attributes:
       make: `(learning_rate, **options) -> optax.GradientTransformation`; the rate is a schedule.
       defaults: option -> value; these are its keys of `config.optim`.
+      is_divided: whether `make` also takes the `mesh`, to divide its own work over the devices.
     """
 
     make: Callable[..., optax.GradientTransformation]
     defaults: dict[str, Any]
+    is_divided: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,12 +97,9 @@ def _decaying(make):
 
 
 def _muon(
-    learning_rate, momentum, consistent_rms, weight_decay, weight_decay_mask, **adamw
+    learning_rate, mesh, momentum, consistent_rms, weight_decay, weight_decay_mask, **adamw
 ) -> optax.GradientTransformation:
-    """Muon for the kernels, AdamW for tables, [CLS], biases and small kernels.
-
-    Not the AdamW inside `optax.contrib.muon`, which knows no mask of weight decay.
-    """
+    """Muon for the kernels, AdamW for tables, [CLS], biases and small kernels."""
     mask = _mask(weight_decay_mask)
 
     def label(path, x) -> str:
@@ -107,12 +108,10 @@ def _muon(
 
     return optax.partition(
         {
-            "muon": optax.contrib.muon(
-                learning_rate,
-                beta=momentum,
-                weight_decay=weight_decay,
-                weight_decay_mask=mask,
-                consistent_rms=consistent_rms,
+            "muon": optax.chain(
+                scale_by_muon(momentum, consistent_rms, mesh),
+                optax.add_decayed_weights(weight_decay, mask),
+                optax.scale_by_learning_rate(learning_rate),
             ),
             "adamw": optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask, **adamw),
         },
@@ -125,16 +124,16 @@ OPTIMIZERS = {
     "adamw": Optimizer(_decaying(optax.adamw), _ADAM | _DECAY),
     # Kingma and Ba 2015, https://arxiv.org/abs/1412.6980
     "adam": Optimizer(optax.adam, _ADAM),
-    # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; its scale by Liu et al. 2025,
-    # https://arxiv.org/abs/2502.16982, so that AdamW's learning rates and decays fit.
+    # See muon.py; scaled so that AdamW's learning rates and decays fit.
     "muon": Optimizer(
         _muon,
         {
-            "momentum": 0.95,  # decay rate of the average of gradients that is orthogonalised
+            "momentum": 0.95,  # decay rate of the sum of gradients that is made orthogonal
             "consistent_rms": 0.2,  # root mean square of an update over the rate; AdamW's is ~0.2
             **_ADAM,  # of the AdamW that takes the rest
             **_DECAY,  # of all
         },
+        is_divided=True,
     ),
     # Chen et al. 2023, https://arxiv.org/abs/2302.06675: a third to a tenth of AdamW's rate, and
     # three to ten times its decay.
@@ -248,13 +247,14 @@ _RANGES = {
 
 
 def make_optimizer(
-    optim: Mapping[str, Any], num_steps: int
+    optim: Mapping[str, Any], num_steps: int, mesh: Mesh | None = None
 ) -> tuple[optax.Schedule, optax.GradientTransformation]:
     """The learning rate of each step, and the whole chain: clipping by global norm, optimizer.
 
     Args:
       optim: the completed group `config.optim`.
       num_steps: `config.train.num_steps`.
+      mesh: of the devices, which may share the optimizer's own work; None: each does all of it.
 
     Raises:
       UserError: a name that is no row; a value out of its range.
@@ -267,7 +267,8 @@ def make_optimizer(
     own = lambda row: {key: options[key] for key in row.defaults}
     row = SCHEDULES[schedule_name]
     schedule = row.make(options["learning_rate"], options["warmup_steps"], num_steps, **own(row))
-    optimizer = OPTIMIZERS[name].make(schedule, **own(OPTIMIZERS[name]))
+    divided = {"mesh": mesh} if OPTIMIZERS[name].is_divided else {}
+    optimizer = OPTIMIZERS[name].make(schedule, **divided, **own(OPTIMIZERS[name]))
     clip_norm = options["clip_norm"]
     # `identity` keeps the optimizer's place in the chain: the form of its state is the same.
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
