@@ -16,6 +16,8 @@ READOUTS = {
     "sum": "graph",  # sum over nodes
     "mean": "graph",  # mean over nodes
     "max": "graph",  # largest over nodes, of each feature
+    "dipole": "graph",  # length of the dipole of charges at the nodes
+    "extent": "graph",  # charges at the nodes times their squared distances from the centre of mass
     "node": "node",  # a number of each node
     "position": "node",  # where each node will be: three numbers that turn with the input
     "velocity": "node",  # how each node will move then: they turn as well, but do not shift

@@ -51,6 +51,8 @@ MOLECULES = {
     "post": POST | {"edge_atoms": False, "pair_bias": False, "scaling": "blog"},
     "shared_node": POST | {"edge_attention": "shared_node"},
     "mean": POST | {"readout": "mean"},
+    "dipole": POST | {"readout": "dipole"},
+    "extent": POST | {"readout": "extent"},
     "node": POST,
     "environment": POST | {"environment": True},
     "directions": POST | {"directions": 4, "edge_angles": True},

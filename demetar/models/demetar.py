@@ -29,6 +29,7 @@ from data_pipelines.elements import atomic_weights
 from data_pipelines.errors import UserError
 from data_pipelines.graph import Graph, without_padding_values
 from demetar.models.base import SYMMETRIES, GraphModel
+from demetar.models.heads import Dipole, Extent
 from demetar.models.layers import (
     Array,
     Attention,
@@ -45,6 +46,8 @@ from demetar.models.layers import (
 )
 from demetar.models.ops import select_rows
 from demetar.models.spherical import spherical_harmonics
+
+_DIPOLE_VECTORS = 32  # of each atom, for the read-out `dipole`
 
 
 class Demetar(GraphModel):
@@ -82,7 +85,7 @@ class Demetar(GraphModel):
       dtype: of matrix products and activations; parameters stay float32.
     """
 
-    READOUTS: ClassVar = ("cls", "sum", "mean", "node", "position")
+    READOUTS: ClassVar = ("cls", "sum", "mean", "dipole", "extent", "node", "position")
     CHOICES: ClassVar = {
         "equivariance": ("none", "translation", "com", "velocity"),
         "attention": ("all", "edges"),
@@ -236,23 +239,25 @@ class Demetar(GraphModel):
         molecule, and tells at which angles its atoms lie (the power spectrum of SOAP, Bartok et al.
         2013).
         """
-        apart_NxNx3 = graph.position[:, None] - graph.position[None]
-        radial_NxNxK = self._coarse_radial(safe_norm(apart_NxNx3))
-        num_nodes, products = len(apart_NxNx3), []
+        products = []
         for order in (1, 2):
-            harmonic_NxNxM = spherical_harmonics(order, apart_NxNx3, "norm").astype(self.dtype)
-            terms_NxNxMxK = harmonic_NxNxM[..., None] * radial_NxNxK[:, :, None]
-            # A harmonic of each atom is like one more point: [N, N M, K].
-            terms_NxNMxK = terms_NxNxMxK.reshape(num_nodes, -1, radial_NxNxK.shape[-1])
-            mix = Dense(
-                2 * self.directions, use_bias=False, dtype=self.dtype, name=f"order_{order}"
-            )
-            mixed_NMxC2 = mix(self._by_element(graph, terms_NxNMxK))
-            mixed_NxMxC2 = mixed_NMxC2.reshape(num_nodes, 2 * order + 1, -1)
+            mixed_NxMxC2 = self._surroundings(graph, order, 2 * self.directions, f"order_{order}")
             a_NxMxC, b_NxMxC = jnp.split(mixed_NxMxC2, 2, axis=-1)
             products.append((a_NxMxC * b_NxMxC).sum(axis=1))
         dense = Dense(self.width, dtype=self.dtype, name="atom_directions")
         return dense(jnp.concatenate(products, axis=-1))
+
+    def _surroundings(self, graph: Graph, order: int, features: int, name: str) -> Array:
+        """Of each atom: mixtures of such sums over the others, `[N, 2 l + 1, features]`."""
+        apart_NxNx3 = graph.position[:, None] - graph.position[None]
+        radial_NxNxK = self._coarse_radial(safe_norm(apart_NxNx3))
+        harmonic_NxNxM = spherical_harmonics(order, apart_NxNx3, "norm").astype(self.dtype)
+        terms_NxNxMxK = harmonic_NxNxM[..., None] * radial_NxNxK[:, :, None]
+        # A harmonic of each atom is like one more point: [N, N M, K].
+        terms_NxNMxK = terms_NxNxMxK.reshape(len(apart_NxNx3), -1, radial_NxNxK.shape[-1])
+        mix = Dense(features, use_bias=False, dtype=self.dtype, name=name)
+        mixed_NMxF = mix(self._by_element(graph, terms_NxNMxK))
+        return mixed_NMxF.reshape(-1, 2 * order + 1, features)
 
     def _coarse_radial(self, distance: Array) -> Array:
         """Half as many Gaussians, for what has several numbers of each pair."""
@@ -341,7 +346,7 @@ class Demetar(GraphModel):
         return jnp.split(b_FxExE, self.edge_layers)
 
     def _read_out(self, graph: Graph, cls_D: Array, node_NxD: Array) -> dict[str, Array]:
-        """Each target by its read-out: [CLS], sum or mean over nodes, each node, positions."""
+        """Each target by its read-out: see `data_pipelines.targets.READOUTS`."""
         mask_N = graph.node_mask
         wide = jnp.promote_types(self.dtype, jnp.float32)  # a target has more than 8 bits
         predictions = {}
@@ -357,6 +362,14 @@ class Demetar(GraphModel):
                 if readout == "mean":
                     values = values / jnp.maximum(mask_N.sum(), 1)
                 predictions |= {name: values[..., k] for k, name in enumerate(names)}
+        relative_Nx3 = graph.position - _centre_of_mass(graph)
+        for name in self.names("dipole"):
+            vector_Nx3xC = self._surroundings(graph, 1, _DIPOLE_VECTORS, f"vectors_{name}")
+            head = Dipole(self.width, wide, name=f"head_{name}")
+            predictions[name] = head(relative_Nx3, mask_N, node_NxD, vector_Nx3xC)
+        for name in self.names("extent"):
+            head = Extent(self.width, self.radial_cutoff, wide, name=f"head_{name}")
+            predictions[name] = head(relative_Nx3, mask_N, node_NxD)
         if self.position is not None:
             predictions[self.position] = self._positions(graph, node_NxD, wide)
         return predictions
