@@ -19,6 +19,7 @@ phi_i is a *scalar*; in the last two the tokens also see coordinates, relative t
 of mass or absolute, and the symmetries that go are declared so (`symmetries`).
 """
 
+import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -44,7 +45,6 @@ from demetar.models.layers import (
     mean_of_nodes,
     safe_norm,
 )
-from demetar.models.ops import select_rows
 from demetar.models.spherical import spherical_harmonics
 
 _DIPOLE_VECTORS = 32  # of each atom, for the read-out `dipole`
@@ -208,10 +208,7 @@ class Demetar(GraphModel):
         atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="atom")
         radial = Dense(self.width, dtype=self.dtype, name="distance_to_com")
         node_NxD = atom(graph.atomic_number) + radial(self._radial(distance_N))
-        if self.environment:
-            node_NxD += self._environment(graph, graph.position, "atom_environment")
-        if self.directions:
-            node_NxD += self._moments(graph)
+        node_NxD += self._surroundings_of_atoms(graph)
         if graph.velocity is not None:
             columns = [graph.charge[:, None], safe_norm(graph.velocity)[:, None]]
             if self.equivariance == "none":
@@ -225,52 +222,53 @@ class Demetar(GraphModel):
         cls_1xD = self.param("cls", nn.initializers.normal(1.0), (1, self.width))
         return jnp.concatenate([cls_1xD.astype(self.dtype), node_NxD])
 
-    def _environment(self, graph: Graph, point_Px3: Array, name: str) -> Array:
-        """Of each point: the sum over the atoms of each element of the radial basis, `[P, D]`."""
-        distance_NxP = safe_norm(graph.position[:, None] - point_Px3[None])
-        sum_PxF = self._by_element(graph, self._radial(distance_NxP))
-        return Dense(self.width, dtype=self.dtype, name=name)(sum_PxF)
+    def _surroundings_of_atoms(self, graph: Graph) -> Array | float:
+        """`environment` and `directions`, `[N, D]`.
 
-    def _moments(self, graph: Graph) -> Array:
-        """Of each atom: products of what lies around it as vectors and as tensors, `[N, D]`.
-
-        For each element the sums over its atoms of a radial basis times the spherical harmonics of
-        order 1, and of order 2: C mixtures of them times C others. A product does not turn with the
-        molecule, and tells at which angles its atoms lie (the power spectrum of SOAP, Bartok et al.
-        2013).
+        The environment is how many atoms of each element are how far away. Directions are products
+        of C mixtures of vectors with C others, and of tensors: such sums over the atoms around with
+        spherical harmonics of order 1, and of order 2. A product does not turn with the molecule,
+        and tells at which angles its atoms lie (the power spectrum of SOAP, Bartok et al. 2013).
         """
-        products = []
-        for order in (1, 2):
-            mixed_NxMxC2 = self._surroundings(graph, order, 2 * self.directions, f"order_{order}")
-            a_NxMxC, b_NxMxC = jnp.split(mixed_NxMxC2, 2, axis=-1)
-            products.append((a_NxMxC * b_NxMxC).sum(axis=1))
-        dense = Dense(self.width, dtype=self.dtype, name="atom_directions")
-        return dense(jnp.concatenate(products, axis=-1))
+        found, C = 0.0, self.directions
+        orders = [0] * self.environment + [1, 2] * (C > 0)
+        for order, sum_NxMxF in zip(orders, self._harmonic_sums(graph, orders), strict=True):
+            if order == 0:
+                dense = Dense(self.width, dtype=self.dtype, name="atom_environment")
+                found += dense(sum_NxMxF[:, 0])
+                continue
+            mix = Dense(2 * C, use_bias=False, dtype=self.dtype, name=f"order_{order}")
+            mixed_NxMx2C = mix(sum_NxMxF)
+            product_NxC = (mixed_NxMx2C[..., :C] * mixed_NxMx2C[..., C:]).sum(axis=1)
+            found += Dense(self.width, dtype=self.dtype, name=f"directions_{order}")(product_NxC)
+        return found
 
-    def _surroundings(self, graph: Graph, order: int, features: int, name: str) -> Array:
-        """Of each atom: mixtures of such sums over the others, `[N, 2 l + 1, features]`."""
-        apart_NxNx3 = graph.position[:, None] - graph.position[None]
-        radial_NxNxK = self._coarse_radial(safe_norm(apart_NxNx3))
-        harmonic_NxNxM = spherical_harmonics(order, apart_NxNx3, "norm").astype(self.dtype)
-        terms_NxNxMxK = harmonic_NxNxM[..., None] * radial_NxNxK[:, :, None]
-        # A harmonic of each atom is like one more point: [N, N M, K].
-        terms_NxNMxK = terms_NxNxMxK.reshape(len(apart_NxNx3), -1, radial_NxNxK.shape[-1])
-        mix = Dense(features, use_bias=False, dtype=self.dtype, name=name)
-        mixed_NMxF = mix(self._by_element(graph, terms_NxNMxK))
-        return mixed_NMxF.reshape(-1, 2 * order + 1, features)
+    def _harmonic_sums(self, graph: Graph, orders: list[int]) -> list[Array]:
+        """Of each atom and order l: sums over the others of harmonics, `[N, 2 l + 1, Z K]`."""
+        if not orders:
+            return []
+        apart_NxNx3 = graph.position[None] - graph.position[:, None]
+        harmonics = [spherical_harmonics(order, apart_NxNx3, "norm") for order in orders]
+        weight_NxNxM = jnp.concatenate(harmonics, axis=-1)
+        sum_NxMxF = self._by_element(graph, safe_norm(apart_NxNx3), weight_NxNxM)
+        ends = list(itertools.accumulate(2 * order + 1 for order in orders))
+        return jnp.split(sum_NxMxF, ends[:-1], axis=1)
 
-    def _coarse_radial(self, distance: Array) -> Array:
-        """Half as many Gaussians, for what has several numbers of each pair."""
-        return gaussian_basis(distance, self.num_radial // 2, self.radial_cutoff).astype(self.dtype)
+    def _by_element(self, graph: Graph, distance_PxN: Array, weight_PxNxM: Array) -> Array:
+        """Of each of P points: sums over the atoms of each element of weight times radial basis.
 
-    def _by_element(self, graph: Graph, terms_NxPxF: Array) -> Array:
-        """Of each point: the sum of a term of each atom, apart for each element, `[P, Z F]`."""
-        _, num_points, num_terms = terms_NxPxF.shape
-        is_element_ZxN = graph.atomic_number == jnp.asarray(self.elements)[:, None]
-        terms_NxPF = terms_NxPxF.reshape(len(terms_NxPxF), -1)
-        sum_ZxPF = select_rows(is_element_ZxN.astype(self.dtype), terms_NxPF)
-        sum_ZxPxF = sum_ZxPF.reshape(-1, num_points, num_terms)
-        return sum_ZxPxF.transpose(1, 0, 2).reshape(num_points, -1)
+        Args:
+          graph: with N atoms of Z elements.
+          distance_PxN: from the points to the atoms, angstrom.
+          weight_PxNxM: M weights of each pair.
+
+        Returns:
+          `[P, M, Z K]`.
+        """
+        is_element_NxZ = graph.atomic_number[:, None] == jnp.asarray(self.elements)
+        weight_PxNxMxZ = (weight_PxNxM[..., None] * is_element_NxZ[:, None]).astype(self.dtype)
+        sum_PxMxZxK = jnp.einsum("pnk,pnmz->pmzk", self._radial(distance_PxN), weight_PxNxMxZ)
+        return sum_PxMxZxK.reshape(*weight_PxNxM.shape[::2], -1)
 
     def _edge_enrichment(self, graph: Graph, x_NxD: Array, deterministic: bool) -> Array:
         """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
@@ -287,11 +285,8 @@ class Demetar(GraphModel):
             columns = jnp.stack([charges_E, approach_E], axis=-1)
             edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
         middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
-        if self.environment:
-            edge_ExD += self._environment(graph, middle_Ex3, "edge_environment")
-        if self.edge_angles:
-            along_Ex3 = _direction(graph.position[s_E] - graph.position[r_E])
-            edge_ExD += self._angles_to_atoms(graph, middle_Ex3, along_Ex3)
+        along_Ex3 = _direction(graph.position[s_E] - graph.position[r_E])
+        edge_ExD += self._surroundings_of_edges(graph, middle_Ex3, along_Ex3)
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
             atom = Embed(max(self.elements) + 1, self.width, dtype=self.dtype, name="edge_atom")
@@ -318,17 +313,24 @@ class Demetar(GraphModel):
         enriched_NxD = cross(layer_norm(x_NxD), layer_norm(edge_ExD), bias)
         return jnp.where(has_edge_N[:, None], enriched_NxD, 0)
 
-    def _angles_to_atoms(self, graph: Graph, middle_Ex3: Array, along_Ex3: Array) -> Array:
-        """Of each edge: where atoms lie by distance from its middle and squared cosine, `[E, D]`.
+    def _surroundings_of_edges(self, graph: Graph, middle_Ex3: Array, along_Ex3: Array) -> Array:
+        """`environment` of the midpoint, and `edge_angles` to the atoms around it, `[E, D]`.
 
-        Squared, because an edge has no sense: swapping its ends changes nothing.
+        The squared cosine, because an edge has no sense: swapping its ends changes nothing.
         """
-        apart_NxEx3 = graph.position[:, None] - middle_Ex3[None]
-        cosine_NxE = (_direction(apart_NxEx3) * along_Ex3).sum(axis=-1)
-        radial_NxExK = self._coarse_radial(safe_norm(apart_NxEx3))
-        terms_NxExK = jnp.square(cosine_NxE).astype(self.dtype)[..., None] * radial_NxExK
-        dense = Dense(self.width, dtype=self.dtype, name="edge_angles")
-        return dense(self._by_element(graph, terms_NxExK))
+        apart_ExNx3 = graph.position[None] - middle_Ex3[:, None]
+        distance_ExN = safe_norm(apart_ExNx3)
+        weights = {}
+        if self.environment:
+            weights["edge_environment"] = jnp.ones_like(distance_ExN)
+        if self.edge_angles:
+            cosine_ExN = (_direction(apart_ExNx3) * along_Ex3[:, None]).sum(axis=-1)
+            weights["edge_angles"] = jnp.square(cosine_ExN)
+        if not weights:
+            return jnp.zeros((), self.dtype)
+        sum_ExMxF = self._by_element(graph, distance_ExN, jnp.stack([*weights.values()], axis=-1))
+        dense = lambda name: Dense(self.width, dtype=self.dtype, name=name)
+        return sum(dense(name)(sum_ExMxF[:, m]) for m, name in enumerate(weights))
 
     def _edge_biases(self, middle_Ex3: Array, along_Ex3: Array, mask_ExE: Array) -> list[Array]:
         """Logit bias of each edge layer, `[H, E, E]`: of distance and angle between two edges."""
@@ -336,7 +338,9 @@ class Demetar(GraphModel):
             return []
         distance_ExE = safe_norm(middle_Ex3[:, None] - middle_Ex3[None])
         cosine_ExE = along_Ex3 @ along_Ex3.T
-        radial_ExExK = self._coarse_radial(distance_ExE)
+        # Half as many Gaussians as elsewhere: pairs of edges are many.
+        radial_ExExK = gaussian_basis(distance_ExE, self.num_radial // 2, self.radial_cutoff)
+        radial_ExExK = radial_ExExK.astype(self.dtype)
         turned_ExExK = jnp.square(cosine_ExE).astype(self.dtype)[..., None] * radial_ExExK
         dense = Dense(
             self.edge_layers * self.num_heads, use_bias=False, dtype=self.dtype, name="edge_bias"
@@ -364,7 +368,8 @@ class Demetar(GraphModel):
                 predictions |= {name: values[..., k] for k, name in enumerate(names)}
         relative_Nx3 = graph.position - _centre_of_mass(graph)
         for name in self.names("dipole"):
-            vector_Nx3xC = self._surroundings(graph, 1, _DIPOLE_VECTORS, f"vectors_{name}")
+            mix = Dense(_DIPOLE_VECTORS, use_bias=False, dtype=self.dtype, name=f"vectors_{name}")
+            vector_Nx3xC = mix(self._harmonic_sums(graph, [1])[0])
             head = Dipole(self.width, wide, name=f"head_{name}")
             predictions[name] = head(relative_Nx3, mask_N, node_NxD, vector_Nx3xC)
         for name in self.names("extent"):
