@@ -45,8 +45,16 @@ def _full() -> ConfigDict:
                 "num_radial": 32,
                 "radial_cutoff": 5.0,
                 "edge_attention": "full",
+                "environment": True,
+                "directions": 32,
+                "edge_angles": True,
             },
-            "optim": {"learning_rate": 1.2e-3, "warmup_steps": 300, "weight_decay": 1e-2},
+            "optim": {
+                "name": "muon",
+                "learning_rate": 3.4e-3,
+                "warmup_steps": 300,
+                "weight_decay": 0.1,
+            },
             "train": {"num_steps": 10_000, "eval_every": 1_000},
             "checkpoint": {},
             "log": {},
@@ -59,6 +67,8 @@ def _small(config: ConfigDict) -> None:
     """A few minutes: a few hundred to some thousand molecules."""
     config.data.batch_size = 32
     config.model.update({"width": 64, "num_heads": 8, "dropout": 0.1})
+    config.model.update({"environment": False, "directions": 0, "edge_angles": False})
+    config.optim.update({"name": "adamw", "learning_rate": 1.2e-3, "weight_decay": 1e-2})
     config.optim.update({"warmup_steps": 100, "ema_decay": 0.99})
     config.train.update({"num_steps": 1_500, "eval_every": 150})
     config.log.every_steps = 50

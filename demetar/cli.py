@@ -24,6 +24,7 @@ COMMANDS = {
     "verify_resume": ("verify_resume", "kill and resume your own config, and compare bit for bit"),
     "chaos": ("chaos", "kills, pauses, a full disk, damage at random moments; nothing is lost"),
     "faults": ("faults", "make 72 faults for real, and show that nothing is lost"),
+    "qm9-table": ("qm9_table", "train the twelve targets of QM9, and write the table of all"),
     "plan": ("plan", "memory, collectives and cost on a machine that you do not have"),
     "profile": ("profile", "where the time of a step goes on this machine"),
 }

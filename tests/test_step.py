@@ -62,19 +62,23 @@ def test_float32_on_1_and_8_devices(cache_dir):
     np.testing.assert_allclose(eight, one, rtol=1e-5)
 
 
+# What `qm9:quick` has and `qm9:smoke` leaves out.
+QUICK = {"optim__name": "muon", "model__directions": 4, "model__edge_angles": True}
+
+
 @pytest.mark.parametrize(
-    "mesh, steps",
+    "mesh, steps, changes",
     [
-        ((2, 2, 2), 8),
+        ((2, 2, 2), 8, QUICK),
         *(
-            pytest.param(m, 40, marks=pytest.mark.slow)
+            pytest.param(m, 40, {}, marks=pytest.mark.slow)
             for m in ((2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 1, 2))
         ),
     ],
 )
-def test_float64_on_any_mesh(cache_dir, float64, mesh, steps):
-    one, state_1 = run(make_trainer(cache_dir, dtype="float64"), steps)
-    many, state_n = run(make_trainer(cache_dir, mesh, "float64"), steps)
+def test_float64_on_any_mesh(cache_dir, float64, mesh, steps, changes):
+    one, state_1 = run(make_trainer(cache_dir, dtype="float64", **changes), steps)
+    many, state_n = run(make_trainer(cache_dir, mesh, "float64", **changes), steps)
     np.testing.assert_allclose(many, one, rtol=1e-10)
     norms = [float(optax.tree.norm(s.params)) for s in (state_1, state_n)]
     np.testing.assert_allclose(*norms, rtol=1e-10)
@@ -121,6 +125,12 @@ def collectives(trainer):
 def test_one_all_reduce_and_no_other_collective(cache_dir):
     found = collectives(make_trainer(cache_dir, (8, 1, 1)))
     assert [name for name, _ in found] == ["all-reduce"]
+
+
+def test_muon_divides_its_work_and_gathers_it_once(cache_dir):
+    trainer = make_trainer(cache_dir, (8, 1, 1), optim__name="muon")
+    names = [name for name, _ in collectives(trainer)]
+    assert sorted(names) == ["all-gather", "all-reduce"]
 
 
 def test_fsdp_gathers_parameters_and_scatters_gradients(cache_dir):

@@ -37,7 +37,7 @@ DEFAULTS = {
     },
     "model": {
         "name": "demetar",  # a row of demetar/models/__init__.py
-        "readout": "auto",  # auto: as each target says | cls | sum | mean | max: of graph targets
+        "readout": "auto",  # auto: as each target says | cls | sum | mean | max | dipole | extent
     },
     "optim": {
         "name": "adamw",  # a row of OPTIMIZERS in demetar/training/optim.py
