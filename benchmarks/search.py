@@ -75,8 +75,8 @@ TRIALS = {
 }
 
 
-def run(name: str, steps: int, seed: int, at_once: int) -> dict:
-    """One trial, or the rest of one; its line."""
+def run(name: str, steps: int, seed: int, at_once: int, commit: str) -> dict:
+    """One trial, or the rest of one, of a commit; its line."""
     from demetar.exits import EXIT_PREEMPTED
     from demetar.records.files import read_jsonl
     from demetar.speed.machine import processor
@@ -104,7 +104,7 @@ def run(name: str, steps: int, seed: int, at_once: int) -> dict:
         "at_once": at_once,
         "changes": TRIALS[name],
         "command": shlex.join(["python", *command]).replace(f"{ROOT}/", ""),
-        "git_commit": _commit(),
+        "git_commit": commit,
         "machine": f"{processor()}, {os.cpu_count()} cores",
     }
 
@@ -121,12 +121,6 @@ def _flags(name: str, steps: int, seed: int, at_once: int) -> dict:
     }
 
 
-def _commit() -> str:
-    from demetar.training.provenance import provenance
-
-    return provenance()["git_commit"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,6 +132,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="what has a line, best first")
     options = parser.parse_args()
     from demetar.records.files import read_jsonl
+    from demetar.training.provenance import git_commit
 
     known = read_jsonl(RESULTS)
     if options.list:
@@ -147,10 +142,10 @@ def main() -> None:
     seen = {(x["trial"], x["steps"], x["seed"]) for x in known}
     steps_of = lambda name: TRIALS[name].get("train.num_steps", options.steps)
     todo = [x for x in options.trials if (x, steps_of(x), options.seed) not in seen]
-    one_writes = threading.Lock()
+    one_writes, commit = threading.Lock(), git_commit()  # before results change the checkout
 
     def work(name: str) -> None:
-        line = run(name, options.steps, options.seed, options.at_once)
+        line = run(name, options.steps, options.seed, options.at_once, commit)
         with one_writes, RESULTS.open("a") as file:
             file.write(json_text(line) + "\n")
         print(json.dumps({k: line[k] for k in ("trial", "validation_homo_mev", "train_homo_mev")}))

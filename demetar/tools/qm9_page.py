@@ -9,6 +9,7 @@ from demetar.records.files import read_json, read_jsonl, write_json
 _ROOT = pathlib.Path(__file__).parents[2]
 _JSON = _ROOT / "benchmarks" / "results" / "qm9.json"
 _PAGE = _ROOT / "docs" / "results" / "qm9.md"
+_SEARCH = _ROOT / "benchmarks" / "results" / "search.jsonl"
 _WORDS = _ROOT / "benchmarks" / "qm9_page.md"  # around the tables
 # Targets that one network learns together. The last two have read-outs of their own.
 GROUPS = {
@@ -70,7 +71,7 @@ def _key(row: dict) -> tuple:
 
 def text(rows: list[dict]) -> str:
     """The page."""
-    parts = {"table": table(rows), "runs": _runs(rows)}
+    parts = {"table": table(rows), "runs": _runs(rows), "search": _search()}
     return _WORDS.read_text().format(**parts)
 
 
@@ -107,5 +108,19 @@ def _runs(rows: list[dict]) -> str:
             validations.append(f"{x['validation']:.{digits}f}")
         cells = [f"`{row['command']}`", ", ".join(tests), ", ".join(validations)]
         cells += [f"{row['minutes']:.1f}", row["git_commit"], row["machine"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _search() -> str:
+    """What `benchmarks/search.py` has found, in the order of its trials."""
+    lines = ["| trial | differs from the recipe of its commit by | steps | validation HOMO, meV |"]
+    lines[0] += " training HOMO, meV | molecules/s | commit |"
+    lines.append("|---" * 7 + "|")
+    for x in read_jsonl(_SEARCH):
+        changes = ", ".join(f"`{key}={value}`" for key, value in x["changes"].items())
+        rate = f"{x['molecules_per_second']:.0f} x {x['at_once']}"
+        cells = [x["trial"], changes, f"{x['steps']:,}", f"{x['validation_homo_mev']:.1f}"]
+        cells += [f"{x['train_homo_mev']:.1f}", rate, x["git_commit"]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
