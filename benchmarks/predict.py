@@ -120,7 +120,9 @@ def _run(command: list[str]) -> tuple[float, int]:
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None:
         most = max(most, _memory(process.pid))
-        time.sleep(0.5)
+        time.sleep(
+            5.0 if not SMOKE else 0.5
+        )  # to ask stops the process while its pages are counted
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return time.monotonic() - start, most

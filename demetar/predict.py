@@ -15,6 +15,7 @@ it divides the rows. Exit code 3: no row has a prediction.
 
 import argparse
 import csv
+import gc
 import pathlib
 import sys
 import tempfile
@@ -81,6 +82,10 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
             stop=not embeddings and options.on_error == "stop",
             embeddings=embeddings,
         )
+        # Molecules are many small objects without cycles. To look for cycles among all objects of
+        # the program whenever there are a quarter more takes 5 % of a long prediction.
+        gc.freeze()
+        gc.set_threshold(50_000)
         counts = predict_file(request, find_place(None, None, None))
         if not options.out:
             sys.stdout.write(out.read_text())
