@@ -119,10 +119,9 @@ def _run(command: list[str]) -> tuple[float, int]:
     start, most = time.monotonic(), 0
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while process.poll() is None:
+        # Seldom: the process stands still while its pages are counted.
         most = max(most, _memory(process.pid))
-        time.sleep(
-            5.0 if not SMOKE else 0.5
-        )  # to ask stops the process while its pages are counted
+        time.sleep(0.5 if SMOKE else 5.0)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return time.monotonic() - start, most
