@@ -72,6 +72,10 @@ TRIALS = {
     "width 128": {"model.width": 128},
     "average 0.998": {"optim.ema_decay": 0.998},
     "linear": {"optim.schedule": "linear"},
+    "twelve targets": {
+        "data.targets": "('homo','lumo','gap','mu','alpha','r2','zpve','U0','U','H','G','Cv')",
+        "model.readout": "auto",
+    },
 }
 
 
