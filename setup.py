@@ -37,7 +37,7 @@ setup(
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.7,<0.3",
+        "optax>=0.2.8,<0.3",
         # Its API still moves; all of it is in demetar/training/checkpoints.py.
         "orbax-checkpoint>=0.12,<0.13",
         "pint>=0.24",  # units of one's own targets

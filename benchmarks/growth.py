@@ -44,7 +44,7 @@ BY_ATOMS = {
     "EGNN, all pairs": (_EGNN, True),
     "EGNN, along edges": (_EGNN, False),
 }
-# The quick model of configs/qm9.py at 19 atoms; what is varied -> values.
+# The model of qm9:quick, without its angles, at 19 atoms; what is varied -> values.
 QUICK = _DEMETAR | dict(width=96, num_heads=16, edge_attention="full", environment=True)
 SWEEPS = {
     "batch": (8, 16, 32, 64, 128, 256),

@@ -43,7 +43,7 @@ _THREE = _BEGIN | {"data.targets": "('homo','lumo','gap')"}
 _FAST = _THREE | {"optim.learning_rate": 3.4e-3, "optim.weight_decay": 0.05}
 # Name -> what differs from `CONFIG` as it is now.
 TRIALS = {
-    "best": _BEGIN,
+    "begin": _BEGIN,
     "three targets": _THREE,
     "rate 3.4e-3": _BEGIN | {"optim.learning_rate": 3.4e-3},
     "decay 0.05": _BEGIN | {"optim.weight_decay": 0.05},
@@ -87,17 +87,18 @@ def run(name: str, steps: int, seed: int, at_once: int, commit: str) -> dict:
 
     flags = _flags(name, steps, seed, at_once)
     workdir = RUNS / f"{name.replace(' ', '-')}-{steps}-{seed}"
+    said = workdir.with_name(f"{workdir.name}.log")  # a name may have dots
     command = ["-m", "demetar.main", f"--config={CONFIG}", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
     RUNS.mkdir(parents=True, exist_ok=True)
-    with workdir.with_suffix(".log").open("a") as log:
+    with said.open("a") as log:
         done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log)
     if done.returncode != EXIT_PREEMPTED:
-        raise RuntimeError(f"{name!r} ended with {done.returncode}; see {log.name}")
+        raise RuntimeError(f"{name!r} ended with {done.returncode}; see {said}")
     lines = read_jsonl(workdir / "metrics.jsonl")
     scores = [x["homo_mae"] for x in lines if x["split"] == "validation"]
     trained = [x for x in lines if x["split"] == "train"]
-    rates = re.findall(r"(\d+) molecules/s,", pathlib.Path(log.name).read_text())
+    rates = re.findall(r"(\d+) molecules/s,", said.read_text())
     return {
         "trial": name,
         "steps": flags["train.num_steps"],

@@ -3,7 +3,7 @@
     demetar train --config=qm9              full training, HOMO
     demetar train --config=qm9:gap          another target, with settings of its own
     demetar train --config=qm9:homo,gap     several targets of one network
-    demetar train --config=qm9:quick        ten minutes on two CPU cores
+    demetar train --config=qm9:quick        ten to fifteen minutes on two CPU cores
     demetar train --config=qm9:smoke        seconds, on 500 real molecules
     demetar train --config=qm9:egnn         the baseline, as published
     demetar train --config=qm9:et,quick     another published system, small: one row of _SYSTEMS
@@ -154,7 +154,7 @@ def get_config(arg: str = "") -> ConfigDict:
         if config.model.name == "demetar" and not set(targets) <= set(_ORBITALS):
             config.model.readout = _READOUTS.get(targets, "auto")
     if not set(words).isdisjoint(_TOTAL_ENERGIES) and config.model.name not in _SYSTEMS:
-        # They want a lower rate and no decay, as Equiformer trains them.
+        # They want a lower rate and no decay, as Equiformer trains them (not tried with Muon).
         config.optim.update({"learning_rate": config.optim.learning_rate / 2, "weight_decay": 0.0})
     return config
 
@@ -229,7 +229,7 @@ def _quick(config: ConfigDict) -> None:
     config.data.batch_size = 64
     config.train.num_steps = 10_000
     if config.model.name == "demetar":
-        # One network for the three orbital energies: each is better than alone, at equal time.
+        # With LUMO and gap, HOMO is better than alone at equal time (docs/results/qm9.md).
         config.data.update({"edges": "bonds", "targets": _ORBITALS})
         config.model.update({"width": 96, "num_heads": 16, "mlp_ratio": 2})
         config.model.update({"edge_layers": 1, "node_layers": 1, "joint_layers": 2})

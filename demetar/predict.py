@@ -14,6 +14,7 @@ it divides the rows. Exit code 3: no row has a prediction.
 """
 
 import argparse
+import contextlib
 import csv
 import gc
 import pathlib
@@ -60,6 +61,19 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+@contextlib.contextmanager
+def _few_searches_for_cycles():
+    """Of garbage: molecules are many small objects that have none, and to look takes its time."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(50_000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+
+
 def run(options: argparse.Namespace, embeddings: bool) -> int:
     """What both commands do; the exit code."""
     from demetar.inference.model import load_model
@@ -82,11 +96,8 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
             stop=not embeddings and options.on_error == "stop",
             embeddings=embeddings,
         )
-        # Molecules are many small objects without cycles. To look for cycles among all objects of
-        # the program whenever there are a quarter more takes 5 % of a long prediction.
-        gc.freeze()
-        gc.set_threshold(50_000)
-        counts = predict_file(request, find_place(None, None, None))
+        with _few_searches_for_cycles():
+            counts = predict_file(request, find_place(None, None, None))
         if not options.out:
             sys.stdout.write(out.read_text())
     print(_summary(counts, options.out), file=sys.stderr)

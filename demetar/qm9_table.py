@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--page", action="store_true", help="write docs/results/qm9.md")
     options = command_line.parse(parser, arguments)
     check_known("--budget", options.budget, BUDGETS)
+    if options.page:
+        qm9_page.check_checkout()
     found = []
     for group in _groups(options.targets):
         workdir = options.runs / f"{options.budget}-{group}-{options.seed}"

@@ -27,6 +27,7 @@ from demetar.models import predict as predict_batch
 from demetar.models.base import SYMMETRIES
 from demetar.models.equiformer import Equiformer
 from demetar.models.et import Et
+from demetar.models.heads import Dipole, Extent
 from demetar.models.layers import messages_of
 from demetar.models.lieconv import LieConv
 from demetar.models.nmp import Nmp
@@ -641,3 +642,35 @@ def test_a_compared_system_trains_and_is_evaluated_by_its_config(system, cache_d
     assert np.isfinite(outcome.score) and outcome.count == len(
         experiment.dataset.split["validation"]
     )
+
+
+# --- read-outs with the form of their quantity ---------------------------------------------------
+
+
+def head_inputs(num_atoms=6):
+    rng = np.random.default_rng(20)
+    token_NxD, relative_Nx3 = rng.normal(size=(num_atoms, 8)), rng.normal(size=(num_atoms, 3))
+    return relative_Nx3, np.ones(num_atoms, bool), token_NxD, rng.normal(size=(num_atoms, 3, 4))
+
+
+def test_a_dipole_is_of_neutral_molecules_and_of_their_form(float64):
+    position, mask, token, vector = head_inputs()
+    head = Dipole(8, jnp.float64)
+    params = head.init(jax.random.key(0), position, mask, token, vector)
+    of = jax.jit(lambda *inputs: head.apply(params, *inputs))
+    value = of(position, mask, token, vector)
+    shifted = of(position + np.array([1.0, -2.0, 3.0]), mask, token, vector)
+    np.testing.assert_allclose(shifted, value, rtol=1e-12)  # no charge is left over
+    np.testing.assert_allclose(of(2 * position, mask, token, 2 * vector), 2 * value, rtol=1e-12)
+    # Each atom has a twin on the other side: nothing but the constant is left.
+    twins = (np.concatenate([position, -position]), np.tile(mask, 2), np.tile(token, (2, 1)))
+    assert abs(of(*twins, np.concatenate([vector, -vector]))) < 1e-12 < 1e-3 < value
+
+
+def test_an_extent_grows_with_squared_distances(float64):
+    position, mask, token, _ = head_inputs()
+    head = Extent(8, 2.0, jnp.float64)
+    params = head.init(jax.random.key(0), position, mask, token)
+    at_0, at_1, at_2 = (head.apply(params, scale * position, mask, token) for scale in (0, 1, 2))
+    np.testing.assert_allclose(at_2 - at_0, 4 * (at_1 - at_0), rtol=1e-12)
+    assert abs(at_1 - at_0) > 1e-3

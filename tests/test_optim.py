@@ -171,7 +171,7 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_adamw():
     given = jnp.linalg.svd(grad["dense"]["kernel"], compute_uv=False)
     made = jnp.linalg.svd(muon["dense/kernel"], compute_uv=False) / (1e-2 * 0.2 * math.sqrt(24))
     assert given.max() / given.min() > 5
-    assert 0.5 < made.min() and made.max() < 1.5  # what five steps of Newton-Schulz promise
+    assert 0.5 < made.min() and made.max() < 1.5  # what Newton-Schulz promises
     for path in adamw.keys() - {"dense/kernel"}:
         np.testing.assert_array_equal(muon[path], adamw[path], err_msg=path)
 

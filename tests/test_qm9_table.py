@@ -24,7 +24,7 @@ def finished(runs, group, errors, budget="quick", seed=0):
     result = {
         "seed": seed, "step": 20, "train_seconds": 90.0, "split_name": "dimenet",
         "config": {"train": {"num_steps": 30}, "data": {"batch_size": 4}}, "targets": targets,
-        "git_commit": "abc", "processor": "a CPU", "params_sha256": "0",
+        "git_commit": "abc", "processor": "a CPU", "devices": "2 x cpu", "params_sha256": "0",
     }  # fmt: skip
     (workdir / "result.json").write_text(json.dumps(result))
     lines = [
@@ -44,7 +44,8 @@ def test_every_group_has_a_config_with_the_readout_that_suits_it(budget):
     for group, targets in GROUPS.items():
         config = load_config(f"qm9:{','.join((budget, *targets))}")
         assert config.data.targets == targets
-        wanted = {"dipole": "dipole", "extent": "extent"}.get(group, "auto")
+        own = {"orbitals": "mean", "dipole": "dipole", "extent": "extent"}
+        wanted = own.get(group, "auto")
         assert config.model.readout == wanted
 
 

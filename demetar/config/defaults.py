@@ -37,7 +37,7 @@ DEFAULTS = {
     },
     "model": {
         "name": "demetar",  # a row of demetar/models/__init__.py
-        "readout": "auto",  # auto: as each target says | cls | sum | mean | max | dipole | extent
+        "readout": "auto",  # of graph targets: auto, each its own; or one of READOUTS
     },
     "optim": {
         "name": "adamw",  # a row of OPTIMIZERS in demetar/training/optim.py

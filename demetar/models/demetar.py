@@ -244,7 +244,10 @@ class Demetar(GraphModel):
         return found
 
     def _harmonic_sums(self, graph: Graph, orders: list[int]) -> list[Array]:
-        """Of each atom and order l: sums over the others of harmonics, `[N, 2 l + 1, Z K]`."""
+        """Of each atom and order l: sums over all atoms of harmonics, `[N, 2 l + 1, Z K]`.
+
+        Of itself an atom has order 0 alone.
+        """
         if not orders:
             return []
         apart_NxNx3 = graph.position[None] - graph.position[:, None]
@@ -318,6 +321,8 @@ class Demetar(GraphModel):
 
         The squared cosine, because an edge has no sense: swapping its ends changes nothing.
         """
+        if not (self.environment or self.edge_angles):
+            return 0.0
         apart_ExNx3 = graph.position[None] - middle_Ex3[:, None]
         distance_ExN = safe_norm(apart_ExNx3)
         weights = {}
@@ -326,8 +331,6 @@ class Demetar(GraphModel):
         if self.edge_angles:
             cosine_ExN = (_direction(apart_ExNx3) * along_Ex3[:, None]).sum(axis=-1)
             weights["edge_angles"] = jnp.square(cosine_ExN)
-        if not weights:
-            return jnp.zeros((), self.dtype)
         sum_ExMxF = self._by_element(graph, distance_ExN, jnp.stack([*weights.values()], axis=-1))
         dense = lambda name: Dense(self.width, dtype=self.dtype, name=name)
         return sum(dense(name)(sum_ExMxF[:, m]) for m, name in enumerate(weights))
@@ -367,13 +370,13 @@ class Demetar(GraphModel):
                     values = values / jnp.maximum(mask_N.sum(), 1)
                 predictions |= {name: values[..., k] for k, name in enumerate(names)}
         relative_Nx3 = graph.position - _centre_of_mass(graph)
-        for name in self.names("dipole"):
-            mix = Dense(_DIPOLE_VECTORS, use_bias=False, dtype=self.dtype, name=f"vectors_{name}")
+        for k, name in enumerate(self.names("dipole")):
+            mix = Dense(_DIPOLE_VECTORS, use_bias=False, dtype=self.dtype, name=f"dipole_{k}")
             vector_Nx3xC = mix(self._harmonic_sums(graph, [1])[0])
-            head = Dipole(self.width, wide, name=f"head_{name}")
+            head = Dipole(self.width, wide, name=f"head_dipole_{k}")
             predictions[name] = head(relative_Nx3, mask_N, node_NxD, vector_Nx3xC)
-        for name in self.names("extent"):
-            head = Extent(self.width, self.radial_cutoff, wide, name=f"head_{name}")
+        for k, name in enumerate(self.names("extent")):
+            head = Extent(self.width, self.radial_cutoff, wide, name=f"head_extent_{k}")
             predictions[name] = head(relative_Nx3, mask_N, node_NxD)
         if self.position is not None:
             predictions[self.position] = self._positions(graph, node_NxD, wide)

@@ -1,7 +1,8 @@
 """Read-outs with the form of their quantity: a dipole moment, and the extent of the electrons.
 
 Both are those of SchNetPack 2.0 (Schütt et al. 2023) in idea, for tokens that are invariant. Labels
-are standardised, so neither quantity starts at 0 there: each head learns its own constant.
+are standardised, so neither quantity starts at 0 there: one head learns a constant, the other one
+for each atom.
 """
 
 from typing import Any
@@ -15,8 +16,9 @@ from demetar.models.layers import Array, Dense, Mlp, safe_norm
 class Dipole(nn.Module):
     """| Σ_i q_i r_i + Σ_i Σ_c g_ic v_ic | + b: partial charges, and a dipole of each atom.
 
-    Charges q are read from the tokens, less their mean, so that their sum is 0 and the dipole does
-    not depend on the origin of r. Vectors v turn with the molecule; g is read from the tokens.
+    Of neutral molecules: charges q are read from the tokens, less their mean, so that their sum is
+    0 and the dipole does not depend on the origin of r. Vectors v turn with the molecule; g is read
+    from the tokens.
 
     Attributes:
       width: of the hidden layer.

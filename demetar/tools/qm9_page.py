@@ -1,6 +1,5 @@
 """The twelve targets of QM9 as `benchmarks/results/qm9.json` and `docs/results/qm9.md`."""
 
-import os
 import pathlib
 
 from data_pipelines.errors import UserError
@@ -19,7 +18,7 @@ GROUPS = {
     "extent": ("r2",),
 }
 # Variant of configs/qm9.py -> what the page calls it.
-BUDGETS = {"quick": "ten minutes"}
+BUDGETS = {"quick": "ten to fifteen minutes"}
 _COLUMNS = "mu alpha homo lumo gap r2 zpve U0 U H G Cv".split()
 _HEADS = dict(zip(_COLUMNS, "μ α HOMO LUMO gap ⟨R²⟩ ZPVE U₀ U H G c_v".split(), strict=True))
 _UNITS = {"mu": "D", "alpha": "a₀³", "r2": "a₀²", "Cv": "cal/(mol K)"}  # others: meV
@@ -50,15 +49,19 @@ def facts(workdir: pathlib.Path, budget: str, command: list[str]) -> dict:
         },
         "command": " ".join(["python -m demetar.main", *command]),
         "git_commit": result["git_commit"],
-        "machine": f"{result['processor']}, {os.cpu_count()} cores",
-        "weights_sha256": result["params_sha256"],
+        "machine": f"{result['processor']}, {result['devices']}",
+        "params_sha256": result["params_sha256"],
     }
+
+
+def check_checkout() -> None:
+    """Refuses an installed package, which has no pages."""
+    if not (_ROOT / "docs" / "results").is_dir():
+        raise UserError(f"--page writes into a checkout, and {_ROOT} is none: leave it out.")
 
 
 def keep(found: list[dict]) -> None:
     """Writes both files into the checkout; rows of other runs stay."""
-    if not (_ROOT / "docs" / "results").is_dir():
-        raise UserError(f"--page writes into a checkout, and {_ROOT} is none: leave it out.")
     rows = {_key(row): row for row in (*(read_json(_JSON) if _JSON.exists() else ()), *found)}
     rows = [rows[key] for key in sorted(rows)]
     write_json(_JSON, rows)

@@ -124,7 +124,7 @@ OPTIMIZERS = {
     "adamw": Optimizer(_decaying(optax.adamw), _ADAM | _DECAY),
     # Kingma and Ba 2015, https://arxiv.org/abs/1412.6980
     "adam": Optimizer(optax.adam, _ADAM),
-    # See muon.py; scaled so that AdamW's learning rates and decays fit.
+    # See muon.py; an update is about as large as one of AdamW.
     "muon": Optimizer(
         _muon,
         {
