@@ -15,7 +15,6 @@ beside a busy one, and compare only with lines of the same `at_once`.
 
 import argparse
 import concurrent.futures
-import json
 import os
 import pathlib
 import re
@@ -153,7 +152,7 @@ def main() -> None:
         line = run(name, options.steps, options.seed, options.at_once, commit)
         with one_writes, RESULTS.open("a") as file:
             file.write(json_text(line) + "\n")
-        print(json.dumps({k: line[k] for k in ("trial", "validation_homo_mev", "train_homo_mev")}))
+        print(json_text({k: line[k] for k in ("trial", "validation_homo_mev", "train_homo_mev")}))
         sys.stdout.flush()
 
     with concurrent.futures.ThreadPoolExecutor(options.at_once) as pool:
