@@ -30,9 +30,12 @@ def few_systems():
     return position, velocity, charge, target
 
 
+MOLECULES = {"qm9-homo", "qm9-homo-mmff", "qm9-energies", "qm9-mu"}
+
+
 def test_what_ships():
     assert {f"nbody-egnn-e3-seed{seed}" for seed in (0, 1, 2)} == set(NAMES)
-    assert {"qm9-homo", "qm9-homo-mmff"} == set(demetar.pretrained_names()) - set(NAMES)
+    assert MOLECULES == set(demetar.pretrained_names()) - set(NAMES)
 
 
 @pytest.mark.filterwarnings("ignore:.*trained on the geometry")
@@ -109,8 +112,10 @@ WEIGHTS_SHA256 = {
     "nbody-egnn-e3-seed0": "3cfbb4c825d05d1d322323df8eb25f96b20dbf5cbadc394b42a19f407c8033df",
     "nbody-egnn-e3-seed1": "edf72b25aefec2b920f96f3375716a29eed47aa12af2bc8668c33c7309a9b670",
     "nbody-egnn-e3-seed2": "6a882c3504398e91a378c21679b64552b2b79337fc1462b50c986f83aa0d2de9",
+    "qm9-energies": "f0190b832849d5adf0bad5b8a8e4da84a86d3d742bd467fcc6163064c310fad7",
     "qm9-homo": "54971b7564e8b98703981280fe1f421a6896c1150e26cf470703339758bc0ec0",
     "qm9-homo-mmff": "1b63c8395d551114b2f46a142c66f4991a567e3a5ea69c9dadbdc73bda6c35cb",
+    "qm9-mu": "f77081d1bc5b4ba4ac20843aaa47367d0f744e3c1c092493eaf95e9503c992ba",
 }
 
 
