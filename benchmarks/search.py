@@ -1,7 +1,7 @@
 """The search for a recipe: short runs of one config with something changed, validation alone.
 
     python benchmarks/search.py                         all trials of `TRIALS` that have no line yet
-    python benchmarks/search.py --trials muon moments --at-once=2
+    python benchmarks/search.py --trials "the recipe" AdamW --at-once=2
     python benchmarks/search.py --list
 
 A trial is a run of `demetar.main` with a schedule as long as its steps, that stops, by

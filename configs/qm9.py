@@ -3,7 +3,7 @@
     demetar train --config=qm9              full training, HOMO
     demetar train --config=qm9:gap          another target, with settings of its own
     demetar train --config=qm9:homo,gap     several targets of one network
-    demetar train --config=qm9:quick        ten to fifteen minutes on two CPU cores
+    demetar train --config=qm9:quick        ten minutes on two cores of a recent CPU
     demetar train --config=qm9:smoke        seconds, on 500 real molecules
     demetar train --config=qm9:egnn         the baseline, as published
     demetar train --config=qm9:et,quick     another published system, small: one row of _SYSTEMS

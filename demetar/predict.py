@@ -63,7 +63,7 @@ def make_parser(command: str, description: str) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _few_searches_for_cycles():
-    """Of garbage: molecules are many small objects that have none, and to look takes its time."""
+    """Python looks for cycles among objects less often: molecules are many, and have none."""
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(50_000)

@@ -67,7 +67,7 @@ def test_what_is_finished_is_read_and_what_is_missing_is_trained(tmp_path, monke
     )
     said = capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in said[-1].split("|")]
-    assert cells[1:6] == ["`qm9:quick`, ten to fifteen minutes", "0", "0.031", "", "40.2"]
+    assert cells[1:6] == ["`qm9:quick`, ten minutes", "0", "0.031", "", "40.2"]
     assert cells.count("") == 2 + 12 - 4  # what nothing was trained for is blank
 
 
