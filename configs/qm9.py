@@ -229,7 +229,7 @@ def _quick(config: ConfigDict) -> None:
     config.data.batch_size = 64
     config.train.num_steps = 10_000
     if config.model.name == "demetar":
-        # With LUMO and gap, HOMO is better than alone at equal time (docs/results/qm9.md).
+        # With LUMO and gap, HOMO is better than alone after as many steps (docs/results/qm9.md).
         config.data.update({"edges": "bonds", "targets": _ORBITALS})
         config.model.update({"width": 96, "num_heads": 16, "mlp_ratio": 2})
         config.model.update({"edge_layers": 1, "node_layers": 1, "joint_layers": 2})
