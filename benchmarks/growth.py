@@ -14,6 +14,7 @@ import argparse
 import os
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -99,7 +100,11 @@ def seconds_of(options: dict, batch: Graph, seconds: float) -> float:
         predict = lambda graph: model.apply({"params": params}, graph)["energy"]
         return (jax.vmap(predict)(batch) ** 2).sum()
 
-    step = jax.jit(jax.grad(loss))
+    return median_seconds(jax.jit(jax.grad(loss)), params, batch, seconds)
+
+
+def median_seconds(step: Callable, params, batch: Graph, seconds: float) -> float:
+    """Of a call of a compiled function."""
     batch = jax.device_put(batch)
     jax.block_until_ready(step(params, batch))
     times, start = [], time.perf_counter()

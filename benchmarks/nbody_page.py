@@ -6,11 +6,11 @@ Reads benchmarks/results/nbody/*.json, which `nbody.py` wrote; the words around 
 benchmarks/nbody_page.md. What has not been run stays blank.
 """
 
-import json
 import shutil
 
 import numpy as np
-from nbody import GROWTH, POST_ROWS, RESULTS, ROOT, ROWS, RUNS
+from nbody import GROWTH, POST_ROWS, ROWS, STUDY
+from study import ROOT
 
 PAGE = ROOT / "docs" / "results" / "nbody.md"
 
@@ -25,11 +25,6 @@ _PUBLISHED = (
     ("SE(3)-Transformer (2021)", 0.0244),
     ("Linear (2021)", 0.0819),
 )
-
-
-def _read(name: str) -> dict | None:
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _line(*cells) -> str:
@@ -53,7 +48,7 @@ def _table_official() -> list[str]:
     for row in ROWS:
         if row.group != "official":
             continue
-        found = _read(row.name)
+        found = STUDY.read(row.name)
         cells = [row.title]
         if found:
             cells += [
@@ -81,11 +76,11 @@ def _trivial(found: dict | None) -> list[str]:
 
 
 def _headline() -> str:
-    found = [_read(f"official-e3-{seed}") for seed in range(3)]
+    found = [STUDY.read(f"official-e3-{seed}") for seed in range(3)]
     errors = [x["test"]["mse"] for x in found if x]
     if len(errors) < 3:
         return f"Only {len(errors)} of 3 seeds have been run."
-    floor = _read("floor")
+    floor = STUDY.read("floor")
     text = (
         f"**{np.mean(errors):.5f}** is the mean test MSE of the edge-space transformer over three "
         f"seeds (standard deviation {np.std(errors, ddof=1):.5f}), weights chosen by validation; "
@@ -106,7 +101,7 @@ def _table_post() -> list[str]:
         _line(*["---"] * 6),
     ]  # fmt: skip
     for model, title in POST_ROWS.items():
-        short, long = _read(f"seed240-{model}"), _read(f"seed3000-{model}")
+        short, long = STUDY.read(f"seed240-{model}"), STUDY.read(f"seed3000-{model}")
         any_ = long or short
         lines.append(
             _line(
@@ -124,7 +119,7 @@ def _table_post() -> list[str]:
 def _verdict() -> str:
     """What the double encoder adds, in numbers and with their intervals."""
     rows = {
-        model: _read(f"seed3000-{model}")
+        model: STUDY.read(f"seed3000-{model}")
         for model in ("velocity", "edge_cross", "node_only", "egnn", "e3")
     }
     if not all(rows.values()):
@@ -151,7 +146,7 @@ def _table_growth() -> list[str]:
     ]
     for n in GROWTH:
         for model in ("e3", "egnn"):
-            found = _read(f"growth-{model}-{n}")
+            found = STUDY.read(f"growth-{model}-{n}")
             title = next(r.title for r in ROWS if r.name == f"growth-{model}-{n}")
             rate = f"{found['systems_per_second']:.0f}" if found else ""
             lines.append(_line(n, title, _mse(found), _mse(found, "mse_of_free_flight"), rate))
@@ -167,11 +162,11 @@ def _plots() -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for row in ROWS:
-        found = _read(row.name)
+        found = STUDY.read(row.name)
         if found and row.group == "official":
             left.plot(*zip(*found["validation_curve"], strict=True), ".-", label=row.name[9:])
     lines = {"best published": 0.0035, "EGNN published": 0.0071}
-    floor = _read("floor")
+    floor = STUDY.read("floor")
     if floor:
         lines["floor of equivariant models"] = floor["any"]["validation"]["mse"]
     for text, value in lines.items():
@@ -184,7 +179,7 @@ def _plots() -> None:
         points = [
             (n, found["test"]["mse"] / found["test"]["mse_of_free_flight"])
             for n in GROWTH
-            if (found := _read(f"growth-{model}-{n}"))
+            if (found := STUDY.read(f"growth-{model}-{n}"))
         ]
         if points:
             right.plot(*zip(*points, strict=True), "o-", label=model)
@@ -200,7 +195,7 @@ def _plots() -> None:
 
 def write_page() -> None:
     """docs/results/nbody.md and its pictures, from the JSON files alone."""
-    floor = _read("floor")
+    floor = STUDY.read("floor")
     floors = [
         _line("part", "any rotation: MSE", "95 % interval", "systems above 0.01",
               "axes exchanged: MSE", "systems above 0.01"),
@@ -218,7 +213,7 @@ def write_page() -> None:
     for key, lines in {
         "headline": [_headline()],
         "official": _table_official(),
-        "trivial_official": _trivial(_read("official-e3-0")),
+        "trivial_official": _trivial(STUDY.read("official-e3-0")),
         "published": [
             _line("published", "test MSE"),
             _line("---", "---"),
@@ -226,16 +221,18 @@ def write_page() -> None:
         ],
         "floor": floors,
         "seed": _table_post(),
-        "trivial_blog": _trivial(_read("seed3000-velocity")),
+        "trivial_blog": _trivial(STUDY.read("seed3000-velocity")),
         "verdict": [_verdict()],
         "growth": _table_growth(),
-        "commands": ["```"] + [x["command"] for row in ROWS if (x := _read(row.name))] + ["```"],
+        "commands": ["```"]
+        + [x["command"] for row in ROWS if (x := STUDY.read(row.name))]
+        + ["```"],
     }.items():
         text = text.replace("{{" + key + "}}", "\n".join(lines))
     PAGE.parent.mkdir(parents=True, exist_ok=True)
     PAGE.write_text(text)
     _plots()
-    trajectories = RUNS / "official-e3-0" / "trajectories.png"
+    trajectories = STUDY.runs / "official-e3-0" / "trajectories.png"
     if trajectories.exists():
         shutil.copy(trajectories, PAGE.with_name("nbody_trajectories.png"))
 

@@ -5,17 +5,20 @@
     demetar train --config=nbody:smoke      seconds
     demetar train --config=nbody:egnn       another model, with settings of its own
     demetar train --config=nbody:blog       another protocol
+    demetar train --config=nbody:glad_100   a hundred charges
 
 In a checkout `--config=configs/nbody.py:quick` names the same file. Variants combine:
 `:egnn,quick`, `:blog,velocity`. This file says what differs from the defaults in
 demetar/config/defaults.py; every key can be set: `--config.seed=1`.
 
-Protocols: `egnn`, unless another is named; `blog`, of the DEMETAr post; `fuchs`; `general`.
+Protocols: `egnn`, unless another is named; `blog`, of the DEMETAr post; `fuchs`; `glad_5`,
+`glad_20`, `glad_50`, `glad_100` and `gravity_100`; `general`.
 Models: `e3`, unless another is named; `egnn`; of the post `not_equivariant`, `translation`, `com`,
 `velocity`, `node_only`, `edge_cross`; `linear`, `deep_set`, `set_transformer`; and `tfn`,
 `se3_transformer`, which have protocol `fuchs` and learn velocities too, as published.
 
-Hardware: two CPU cores. Results: docs/results/nbody.md.
+Hardware: two CPU cores. Results: docs/results/nbody.md and, of `glad` and `gravity`,
+docs/results/many.md.
 """
 
 from ml_collections import ConfigDict
@@ -56,7 +59,15 @@ _MODELS = {
     "edge_cross": _POST | {"edge_layers": 0, "joint_layers": 2},
 }
 _PUBLISHED = ("tfn", "se3_transformer")  # with the training of Fuchs et al. 2020
-_PROTOCOLS = ("blog", "fuchs", "general")  # "egnn" is the default, and the name of a model
+# What `e3` changes for them, and the steps of its training.
+_MANY = {
+    "glad_5": ({}, 16_000),
+    "glad_20": ({"neighbors": 8}, 16_000),
+    "glad_50": ({"neighbors": 8}, 16_000),
+    "glad_100": ({"neighbors": 8}, 16_000),
+    "gravity_100": ({"neighbors": 8}, 16_000),
+}
+_PROTOCOLS = ("blog", "fuchs", "general", *_MANY)  # "egnn" is the default, and the name of a model
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -76,6 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
         _as_published(config)
     if protocols:
         config.data.protocol = protocols[0]
+        if protocols[0] in _MANY:
+            _many(config)
     for word, change in variants.items():  # smoke last: it has a protocol of its own
         if word in words:
             change(config)
@@ -111,6 +124,17 @@ def _as_published(config: ConfigDict) -> None:
     config.train.num_steps = 19_500
 
 
+def _many(config: ConfigDict) -> None:
+    """Up to a hundred particles: edges to the nearest, a field of all, and smaller batches."""
+    data, config.train.num_steps = _MANY[config.data.protocol]
+    config.train.eval_every = config.train.num_steps // 20
+    config.data.batch_size = 50
+    config.data.eval_batch_size = 100
+    if config.model.name == "demetar_e3":
+        config.data.update(data)
+        config.model.field_kernels = 4
+
+
 def _quick(config: ConfigDict) -> None:
     """Within five minutes below a plain GNN's 0.0107."""
     config.train.num_steps = 2_000
@@ -119,7 +143,7 @@ def _quick(config: ConfigDict) -> None:
 def _smoke(config: ConfigDict) -> None:
     """A few steps on a few small simulations."""
     config.data.protocol = "general"
-    config.data.general = {"num_particles": 4, "horizon_steps": 20}
+    config.data.general = {"num_particles": 4, "horizon_steps": (20,)}
     config.data.general.update({"num_train": 64, "num_validation": 32, "num_test": 32})
     config.data.update({"batch_size": 16, "eval_batch_size": 32})
     config.optim.warmup_steps = 10

@@ -1,5 +1,6 @@
 """N-body: simulations against the official generator's, protocols, and runs on them."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ from conftest import REPOSITORY
 
 from data_pipelines import batching
 from data_pipelines.errors import UserError
-from data_pipelines.nbody import preparation, protocols, simulation
+from data_pipelines.nbody import draws, pairs, preparation, protocols, simulation
 from data_pipelines.registry import load_dataset
 from demetar.config.command_line import load_config
 from demetar.training.experiment import build_experiment
@@ -18,7 +19,7 @@ from demetar.training.trainer import Trainer
 GENERAL = dict(
     num_particles=4,
     interaction="charged",
-    horizon_steps=50,
+    horizon_steps=(50,),
     num_train=12,
     num_validation=4,
     num_test=4,
@@ -26,10 +27,11 @@ GENERAL = dict(
 )
 
 
-def load(cache_dir, targets=("position",), **changes):
+def load(cache_dir, targets=("position",), neighbors=0, **changes):
     return load_dataset(
         name="nbody",
         protocol="general",
+        neighbors=neighbors,
         targets=targets,
         general=GENERAL | changes,
         cache_dir=cache_dir,
@@ -45,15 +47,14 @@ def test_first_systems_equal_the_official_files():
     golden = np.load(REPOSITORY / "tests" / "golden" / "egnn_nbody.npz")
     protocol = protocols.PROTOCOLS["egnn"]
     rng = np.random.RandomState(protocol.seed)
-    charge, position, velocity, coupling = (
-        np.stack(column)
-        for column in zip(*(simulation.draw(rng, protocol) for _ in range(6)), strict=True)
-    )
-    x, v, y = simulation.simulate(
-        position, velocity, coupling, protocol.input_step, protocol.horizon_steps
-    )
-    np.testing.assert_array_equal(charge.ravel(), golden["charge"])
-    for ours, name in ((x, "position"), (v, "velocity"), (y, "target")):
+    start = draws.stack([draws.draw(rng, protocol) for _ in range(6)])
+    at_input, at_target = simulation.simulate(start, protocol)
+    np.testing.assert_array_equal(start.charge.ravel(), golden["charge"])
+    for ours, name in (
+        (at_input.position, "position"),
+        (at_input.velocity, "velocity"),
+        (at_target.position, "target"),
+    ):
         np.testing.assert_allclose(ours.reshape(30, 3), golden[name], atol=1e-5)
 
 
@@ -82,26 +83,24 @@ def official_step_by_step(x, v, charge, steps):
 
 def test_simulation_is_the_official_one_bit_for_bit():
     """Close encounters amplify the last bit, so nothing less than equality will do."""
-    protocol = protocols.PROTOCOLS["egnn"]
-    rng = np.random.RandomState(7)
-    systems = [simulation.draw(rng, protocol) for _ in range(5)]
-    charge, position, velocity, coupling = (
-        np.stack(column) for column in zip(*systems, strict=True)
+    protocol = dataclasses.replace(
+        protocols.PROTOCOLS["egnn"], input_step=400, horizon_steps=(300,)
     )
-    position *= 0.3  # closer, so that they meet often
-    x, v, y, w = simulation.simulate_all(position, velocity, coupling, 400, 300)
+    rng = np.random.RandomState(7)
+    start = draws.stack([draws.draw(rng, protocol) for _ in range(5)])
+    start = dataclasses.replace(start, position=start.position * 0.3)  # closer: they meet often
+    states = simulation.simulate(start, protocol)
     for g in range(5):
-        start = position[g].T, velocity[g].T, charge[g]
-        at_input, at_target = (official_step_by_step(*start, steps) for steps in (400, 700))
-        np.testing.assert_array_equal(x[g].T, at_input[0])
-        np.testing.assert_array_equal(v[g].T, at_input[1])
-        np.testing.assert_array_equal(y[g].T, at_target[0])
-        np.testing.assert_array_equal(w[g].T, at_target[1])
+        one = start.position[g].T, start.velocity[g].T, start.charge[g]
+        for state, steps in zip(states, (400, 700), strict=True):
+            x, v = official_step_by_step(*one, steps)
+            np.testing.assert_array_equal(state.position[g].T, x)
+            np.testing.assert_array_equal(state.velocity[g].T, v)
 
 
 def test_protocols_and_splits():
     egnn, blog, fuchs = (protocols.PROTOCOLS[name] for name in ("egnn", "blog", "fuchs"))
-    assert [p.horizon for p in (egnn, blog, fuchs)] == pytest.approx([1.0, 0.2, 0.5])
+    assert [p.horizons for p in (egnn, blog, fuchs)] == [(1.0,), (0.2,), (0.5,)]
     assert {part: len(s) for part, s in preparation.split_of(egnn).items()} == {
         "train": 3_000,
         "validation": 2_000,
@@ -114,13 +113,17 @@ def test_protocols_and_splits():
 def test_walls_reflect():
     x = np.full((1, 2, 3), 0.4)
     x[0, 1] = -0.4
-    v = np.ones((1, 2, 3))
-    no_spring = np.zeros((1, 1))
-    _, _, free = simulation.simulate(x, v, no_spring, 10, 990, "springs")
-    _, _, walled = simulation.simulate(x, v, no_spring, 10, 990, "springs", box=0.5)
-    np.testing.assert_allclose(free[0, 0], 1.4)
-    np.testing.assert_allclose(walled[0, 0], -0.4, atol=0.01)
-    assert np.abs(walled).max() <= 0.5
+    start = draws.Start(x, np.ones((1, 2, 3)), np.ones((1, 2)), spring=np.zeros((1, 1), bool))
+    protocol = dataclasses.replace(
+        protocols.general_protocol(**GENERAL | {"num_particles": 2, "interaction": "springs"}),
+        input_step=10,
+        horizon_steps=(990,),
+    )
+    _, free = simulation.simulate(start, protocol)
+    _, walled = simulation.simulate(start, dataclasses.replace(protocol, box=0.5))
+    np.testing.assert_allclose(free.position[0, 0], 1.4)
+    np.testing.assert_allclose(walled.position[0, 0], -0.4, atol=0.01)
+    assert np.abs(walled.position).max() <= 0.5
 
 
 def test_springs_conserve_momentum_and_are_the_edges(cache_dir):
@@ -130,6 +133,48 @@ def test_springs_conserve_momentum_and_are_the_edges(cache_dir):
     shape = (-1, 4, 3)
     start = arrays.position.reshape(shape).mean(1) + 0.05 * arrays.velocity.reshape(shape).mean(1)
     np.testing.assert_allclose(target.reshape(shape).mean(1), start, atol=1e-12)
+
+
+def test_edges_go_to_the_nearest():
+    x = np.random.default_rng(0).normal(size=(3, 9, 3))
+    distance = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
+    offset, rows = pairs.edges_of(x, None, neighbors=2)
+    for g in range(3):
+        order = np.argsort(distance[g], axis=1)[:, 1:3]  # itself is the nearest
+        expected = {tuple(sorted((i, int(j)))) for i in range(9) for j in order[i]}
+        found = rows[offset[g] : offset[g + 1]]
+        assert [tuple(row) for row in found] == [(i, j, 0) for i, j in sorted(expected)]
+    for many in (0, 8, 100):
+        assert np.diff(pairs.edges_of(x, None, many)[0]).tolist() == [36] * 3
+    spring = np.arange(3 * 36).reshape(3, 36) % 4 == 0
+    near = pairs.edges_of(x, None, 2)[1][: offset[1]]
+    both = pairs.edges_of(x, spring, 2)
+    joined = np.stack(np.triu_indices(9, 1), 1)[spring[0]].tolist()
+    assert both[1][: both[0][1]].tolist() == [row for row in near.tolist() if row[:2] in joined]
+
+
+def test_a_killed_simulation_goes_on(cache_dir, tmp_path, monkeypatch):
+    """Parts that are done are not simulated again, and the systems are the same."""
+    monkeypatch.setattr(preparation, "_PART", 3)
+    protocol = protocols.general_protocol(**GENERAL)
+    whole, passport = preparation.load(protocol, cache_dir)
+    simulate, asked = preparation.simulate_in_parts, []
+
+    def dies(start, protocol):
+        asked.append(len(start.charge))
+        for number, states in enumerate(simulate(start, protocol)):
+            if number == 8 and len(asked) == 1:
+                raise MemoryError
+            yield states
+
+    monkeypatch.setattr(preparation, "simulate_in_parts", dies)
+    monkeypatch.setattr(simulation, "_CHUNK", 6)  # one system of four at a time
+    with pytest.raises(UserError, match="Cannot prepare"):
+        preparation.load(protocol, str(tmp_path))
+    again, passport_again = preparation.load(protocol, str(tmp_path))
+    assert asked == [20, 14] and passport_again == passport
+    np.testing.assert_array_equal(again.target, whole.target)
+    assert not list(tmp_path.rglob("*.parts"))
 
 
 def test_batches_carry_velocities_charges_and_node_targets(cache_dir):
@@ -179,6 +224,10 @@ def test_targets_are_of_the_two(cache_dir, targets):
         ({"num_particles": 1}, r"num_particles \(1\) must be from 2 to 65535"),
         ({"interaction": "spring"}, "Did you mean 'springs'"),
         ({"num_test": 0}, "must be at least 1"),
+        ({"horizon_steps": (0,)}, "must be at least 1"),
+        ({"horizon_steps": (50, 20)}, r"horizon_steps \(50, 20\) must name .* in ascending order"),
+        ({"horizon_steps": ()}, "must name at least one"),
+        ({"neighbors": -1}, r"config.data.neighbors is -1, but must be at least 0"),
     ],
 )
 def test_bad_options_are_named(cache_dir, options, message):
@@ -187,6 +236,7 @@ def test_bad_options_are_named(cache_dir, options, message):
         load_dataset(
             name="nbody",
             protocol=protocol,
+            neighbors=options.pop("neighbors", 0),
             general=GENERAL | options,
             cache_dir=cache_dir,
             buckets=(),

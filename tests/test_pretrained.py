@@ -8,7 +8,7 @@ import pytest
 import demetar
 from data_pipelines.errors import UserError
 from data_pipelines.molecules.record import Row
-from data_pipelines.nbody import protocols, simulation
+from data_pipelines.nbody import draws, protocols, simulation
 from data_pipelines.qm9.preparation import SAMPLE_FILE
 from data_pipelines.qm9.properties import COLUMNS, HARTREE_IN_MEV
 from data_pipelines.qm9.sources import read_raw
@@ -23,11 +23,9 @@ def few_systems():
     """The first systems of the official training set: (position, velocity, charge, target)."""
     protocol = protocols.PROTOCOLS["egnn"]
     rng = np.random.RandomState(protocol.seed)
-    systems = [simulation.draw(rng, protocol) for _ in range(50)]
-    charge, *state, coupling = (np.stack(column) for column in zip(*systems, strict=True))
-    steps = (protocol.input_step, protocol.horizon_steps)
-    position, velocity, target = simulation.simulate(*state, coupling, *steps)
-    return position, velocity, charge, target
+    start = draws.stack([draws.draw(rng, protocol) for _ in range(50)])
+    at_input, at_target = simulation.simulate(start, protocol)
+    return at_input.position, at_input.velocity, start.charge, at_target.position
 
 
 MOLECULES = {"qm9-homo", "qm9-homo-mmff", "qm9-energies", "qm9-mu"}

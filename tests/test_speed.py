@@ -91,7 +91,8 @@ def test_count_is_near_the_compilers(variant):
     if "mlp_ratio" in VARIANTS[variant]:
         wide["mlp_ratio"] = 4
     if variant == "e3":
-        wide["rounds"] = 1  # the compiler counts the body of a loop once
+        # The compiler counts the body of a loop once, and drops what remat asks for twice.
+        wide |= {"rounds": 1, "remat": False}
     model, params = build(variant, **wide)
     params = jax.tree.map(np.float32, params)
     gradient, example = gradient_and_example(model, params)

@@ -1,4 +1,4 @@
-"""N-body systems: where will charged particles, or particles on springs, be, and how fast?"""
+"""N-body systems: where will charges, particles on springs or masses be, and how fast?"""
 
 import numpy as np
 
@@ -6,16 +6,21 @@ from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.nbody import preparation
+from data_pipelines.nbody.pairs import edges_of
 from data_pipelines.nbody.protocols import get_protocol
+from data_pipelines.ranges import NOT_NEGATIVE, check_range
 from data_pipelines.targets import Target
 
 DEFAULTS = {
     "targets": ("position",),  # position | velocity, or both
-    "protocol": "egnn",  # egnn | blog (the DEMETAr post's) | fuchs | general
+    # egnn | blog (the DEMETAr post's) | fuchs | glad_5, _20, _50, _100 | gravity_100 | general
+    "protocol": "egnn",
+    "neighbors": 0,  # edges go from each particle to so many nearest; 0: to all that act on it
     "general": {  # what protocol "general" simulates
         "num_particles": 20,
-        "interaction": "charged",  # charged | springs
-        "horizon_steps": 500,  # of the simulator, from input to target
+        "interaction": "charged",  # charged | springs | gravity
+        # Of the simulator, from the input to the target; several: each system is learned with each.
+        "horizon_steps": (500,),
         "num_train": 2_000,
         "num_validation": 500,
         "num_test": 500,
@@ -32,30 +37,42 @@ VELOCITY = Target(
 TARGETS = {target.name: target for target in (POSITION, VELOCITY)}
 
 
-def load(*, protocol, general, targets=("position",), cache_dir: str = "", buckets=()) -> Dataset:
+def load(
+    *, protocol, neighbors, general, targets=("position",), cache_dir: str = "", buckets=()
+) -> Dataset:
     """N-body systems with the options of `DEFAULTS`, simulated here."""
     chosen = _chosen(targets)
+    check_range("config.data.neighbors", neighbors, NOT_NEGATIVE)
     task = get_protocol(protocol, general)
     systems, passport = preparation.load(task, cache_dir, VELOCITY in chosen)
-    labels = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
     num_systems, n, _ = systems.position.shape
-    # Charged particles all act on each other; springs are the edges themselves.
-    keep_GxP = systems.coupling != 0
-    system_E, pair_E = np.nonzero(keep_GxP)
-    i, j = np.triu_indices(n, 1)
-    flat = lambda x: x.reshape(num_systems * n, *x.shape[2:])
-    arrays = GraphArrays(
-        index=np.arange(1, num_systems + 1, dtype=np.int32),
-        node_offset=np.arange(num_systems + 1) * n,
-        atomic_number=np.ones(num_systems * n, np.uint8),
-        position=flat(systems.position),
-        edge_offset=np.concatenate([[0], np.cumsum(np.bincount(system_E, minlength=num_systems))]),
-        edges=np.stack([i[pair_E], j[pair_E], np.zeros_like(pair_E)], 1).astype(np.uint16),
-        node_labels={target.name: flat(labels[target.name]) for target in chosen},
-        velocity=flat(systems.velocity),
-        charge=flat(systems.charge),
+    # One graph for each target of each system.
+    num_targets = len(task.horizons)
+    horizon_G = np.tile(task.horizons, num_systems)
+    each = lambda x: x.repeat(num_targets, axis=0).reshape(-1, *x.shape[2:])
+    labels = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
+    edge_offset, edges = edges_of(
+        systems.position.repeat(num_targets, axis=0),
+        None if systems.spring is None else systems.spring.repeat(num_targets, axis=0),
+        neighbors,
     )
-    split = preparation.split_of(task)
+    arrays = GraphArrays(
+        index=np.arange(1, num_systems * num_targets + 1, dtype=np.int32),
+        node_offset=np.arange(num_systems * num_targets + 1) * n,
+        atomic_number=np.ones(num_systems * num_targets * n, np.uint8),
+        position=each(systems.position),
+        edge_offset=edge_offset,
+        edges=edges,
+        node_labels={target.name: labels[target.name].reshape(-1, 3) for target in chosen},
+        velocity=each(systems.velocity),
+        charge=each(systems.charge),
+        graph_feature=horizon_G[:, None] if num_targets > 1 else None,
+    )
+    split = {
+        part: (systems_g[:, None] * num_targets + np.arange(num_targets)).ravel()
+        for part, systems_g in preparation.split_of(task).items()
+    }
+    steps = " and ".join(map(str, task.horizon_steps))
     return Dataset(
         name="nbody",
         items="systems",
@@ -68,10 +85,11 @@ def load(*, protocol, general, targets=("position",), cache_dir: str = "", bucke
         passport=passport,
         about={
             "data": f"nbody {protocol}: {task.about}; {n} particles, {task.interaction}, "
-            f"{task.horizon_steps} steps ahead, content {passport['content_sha256'][:12]}",
+            f"{steps} steps ahead, content {passport['content_sha256'][:12]}",
+            "edges": f"each to its {neighbors} nearest" if neighbors else "all that act",
         },
-        model_facts={"horizon": task.horizon},
-        baselines=_baselines(systems, chosen, task.horizon, split["train"]),
+        model_facts={"horizon": task.horizons[-1]},
+        baselines=_baselines(arrays, chosen, horizon_G, split["train"]),
     )
 
 
@@ -85,23 +103,24 @@ def _chosen(names) -> tuple[Target, ...]:
 
 
 def _baselines(
-    systems: preparation.SystemArrays,
-    targets: tuple[Target, ...],
-    horizon: float,
-    train: np.ndarray,
+    arrays: GraphArrays, targets: tuple[Target, ...], horizon_G: np.ndarray, train: np.ndarray
 ):
     """No motion, free flight, and the best linear map of x and v about the centre of mass.
 
     The linear map is fitted by least squares over training, for each target.
     """
-    after = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
+    shape = (len(horizon_G), -1, 3)
 
     def parts(graphs, target: Target):
         """Target, position, velocity relative to the moving centre of mass; and its velocity."""
-        x, v, y = (a[graphs] for a in (systems.position, systems.velocity, after[target.name]))
+        columns = (arrays.position, arrays.velocity, arrays.node_labels[target.name])
+        x, v, y = (column.reshape(shape)[graphs] for column in columns)
         x_com, v_com = x.mean(axis=1, keepdims=True), v.mean(axis=1, keepdims=True)
-        y = y - x_com - horizon * v_com if target is POSITION else y - v_com
+        y = y - x_com - time_of(graphs) * v_com if target is POSITION else y - v_com
         return y, x - x_com, v - v_com, v_com
+
+    def time_of(graphs):
+        return horizon_G[graphs][:, None, None]
 
     def errors(graphs: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
         found = {"no_motion": {}, "free_flight": {}, "linear": {}}
@@ -112,8 +131,8 @@ def _baselines(
             y, x, v, v_com = parts(graphs, target)
             moves = target is POSITION
             predictions = {
-                "no_motion": x - horizon * v_com if moves else -v_com,
-                "free_flight": x + horizon * v if moves else v,
+                "no_motion": x - time_of(graphs) * v_com if moves else -v_com,
+                "free_flight": x + time_of(graphs) * v if moves else v,
                 "linear": weights[0] * x + weights[1] * v,
             }
             for name, prediction in predictions.items():

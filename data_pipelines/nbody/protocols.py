@@ -12,7 +12,7 @@ from data_pipelines.json_text import json_text
 
 DT = 0.001  # of the simulator, its unit of time
 SAMPLE_EVERY = 100  # steps between the frames of the official files
-INTERACTIONS = ("charged", "springs")
+INTERACTIONS = ("charged", "springs", "gravity")
 MAX_PARTICLES = 65_535  # edges hold two bytes a node
 
 
@@ -25,11 +25,12 @@ class Protocol:
       draws: how many systems are drawn for train, validation and test, in this order.
       uses: how many of each, from the first, are kept.
       input_step: simulator step of the input frame.
-      horizon_steps: from input to target.
+      horizon_steps: from the input to the target, or to several, ascending.
       length: steps of the simulation in the official files; decides how many random numbers
         a system draws.
       num_particles: N.
-      interaction: `charged` or `springs`.
+      interaction: `charged`, `springs` or `gravity`.
+      generator: whose draws give the initial states: `kipf`, `glad` or `segnn`.
       box: half the side of a cube with reflecting walls; 0: none.
       about: where it comes from; words for a person, no part of its identity.
     """
@@ -38,10 +39,11 @@ class Protocol:
     draws: tuple[int, int, int]
     uses: tuple[int, int, int]
     input_step: int
-    horizon_steps: int
+    horizon_steps: tuple[int, ...]
     length: int
     num_particles: int = 5
     interaction: str = "charged"
+    generator: str = "kipf"
     box: float = 0.0
     about: str = dataclasses.field(default="", compare=False)
 
@@ -51,9 +53,9 @@ class Protocol:
         return json.loads(json_text({key: fields[key] for key in fields if key != "about"}))
 
     @property
-    def horizon(self) -> float:
-        """From input to target, in the simulator's time."""
-        return self.horizon_steps * DT
+    def horizons(self) -> tuple[float, ...]:
+        """From the input to each target, in the simulator's time."""
+        return tuple(steps * DT for steps in self.horizon_steps)
 
 
 PROTOCOLS = {
@@ -62,7 +64,7 @@ PROTOCOLS = {
         draws=(10_000, 2_000, 2_000),
         uses=(3_000, 2_000, 2_000),
         input_step=3_100,  # frame 30; the target is frame 40
-        horizon_steps=1_000,
+        horizon_steps=(1_000,),
         length=5_000,
         about="EGNN's nbody_small, first 3000 training systems, frames 30 to 40",
     ),
@@ -71,7 +73,7 @@ PROTOCOLS = {
         draws=(3_000, 2_000, 2_000),
         uses=(3_000, 2_000, 2_000),
         input_step=700,  # frame 6; the target is frame 8
-        horizon_steps=200,
+        horizon_steps=(200,),
         length=1_000,
         about="the DEMETAr post's task, frames 6 to 8; its own draws cannot be repeated: "
         "regenerated",
@@ -81,11 +83,39 @@ PROTOCOLS = {
         draws=(5_000, 1_000, 1_000),
         uses=(5_000, 1_000, 1_000),
         input_step=3_100,
-        horizon_steps=500,
+        horizon_steps=(500,),
         length=5_000,
         box=5.0,
         about="SE(3)-Transformer's sizes and horizon; its data were never released: regenerated "
         "with the walls of its public generator, frames 30 to 35; positions only",
+    ),
+    **{
+        f"glad_{n}": Protocol(
+            seed=43,
+            draws=(5_000, 2_000, 2_000),
+            uses=(5_000, 2_000, 2_000),
+            input_step=3_001,  # frame 30; the target is frame 40
+            horizon_steps=(1_000,),
+            length=5_000,
+            num_particles=n,
+            generator="glad",
+            about=f"HEGNN's and FastEGNN's {n} isolated charges, frames 30 to 40: the official "
+            "generator with one worker; the published files were drawn by many, unseeded, and "
+            "cannot be made again",
+        )
+        for n in (5, 20, 50, 100)
+    },
+    "gravity_100": Protocol(
+        seed=43,
+        draws=(10_000, 2_000, 2_000),
+        uses=(10_000, 2_000, 2_000),
+        input_step=3_000,  # frame 30; the target is frame 40
+        horizon_steps=(1_000,),
+        length=5_000,
+        num_particles=100,
+        interaction="gravity",
+        generator="segnn",
+        about="SEGNN's 100 masses under gravity, frames 30 to 40",
     ),
 }
 GENERAL = "general"  # the protocol whose fields the config names itself
@@ -95,7 +125,7 @@ def general_protocol(
     *,
     num_particles: int,
     interaction: str,
-    horizon_steps: int,
+    horizon_steps: tuple[int, ...],
     num_train: int,
     num_validation: int,
     num_test: int,
@@ -109,10 +139,16 @@ def general_protocol(
         )
     check_known("config.data.general.interaction", interaction, INTERACTIONS)
     sizes = (num_train, num_validation, num_test)
-    if min(sizes) < 1 or horizon_steps < 1:
+    horizon_steps = tuple(horizon_steps)
+    if min(*sizes, *horizon_steps) < 1:
         raise UserError(
             f"config.data.general asks for {sizes} systems and {horizon_steps} steps: every "
             "number must be at least 1."
+        )
+    if list(horizon_steps) != sorted(set(horizon_steps)) or not horizon_steps:
+        raise UserError(
+            f"config.data.general.horizon_steps {horizon_steps} must name at least one number of "
+            "steps, and several in ascending order, each once."
         )
     return Protocol(
         seed=seed,
@@ -120,9 +156,10 @@ def general_protocol(
         uses=sizes,
         input_step=SAMPLE_EVERY,
         horizon_steps=horizon_steps,
-        length=SAMPLE_EVERY + horizon_steps,
+        length=SAMPLE_EVERY + horizon_steps[-1],
         num_particles=num_particles,
         interaction=interaction,
+        generator="segnn" if interaction == "gravity" else "kipf",
         about="general: by config",
     )
 

@@ -1,6 +1,6 @@
 """Models of particles as functions of NumPy arrays."""
 
-from collections.abc import Callable
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,48 +8,68 @@ import numpy as np
 
 from data_pipelines.errors import UserError
 from data_pipelines.graph import Graph
+from data_pipelines.nbody.pairs import edges_of
 from demetar.inference.package import Package, read
 from demetar.models import predict as predict_batch
 
 
-def load_pretrained(name: str) -> Callable[..., np.ndarray]:
-    """A model of positions as a function of NumPy arrays.
-
-    Returns:
-      `f(position=[B, N, 3], velocity=[B, N, 3], charge=[B, N]) -> position [B, N, 3]` after the
-      horizon it was trained for, in the units of its data; any B, and any N, though it has
-      only seen the N of its training.
-    """
+def load_pretrained(name: str) -> "ParticleModel":
+    """A model of positions, one that ships or a file, as a function of NumPy arrays."""
     model = read(name)
     if reason := _why_not(model):
         raise UserError(
             f"load_pretrained cannot give {name}: {reason}. It gives a model only positions, "
             "velocities and charges of particles; for molecules use demetar.load_model."
         )
-    network = model.network()
-    (element,) = model.elements
+    return ParticleModel(model)
 
-    @jax.jit
-    def apply(position, velocity, charge):
-        number, n = position.shape[:2]
-        senders, receivers = np.triu_indices(n, 1)
-        every = lambda x: jnp.broadcast_to(jnp.asarray(x), (number, len(x)))
-        batch = Graph(
-            position=position,
-            velocity=velocity,
-            charge=charge,
-            atomic_number=every(np.full(n, element, np.int32)),
-            node_mask=every(np.ones(n, bool)),
-            senders=every(senders.astype(np.int32)),
-            receivers=every(receivers.astype(np.int32)),
-            edge_type=every(np.zeros(len(senders), np.int32)),
-            edge_mask=every(np.ones(len(senders), bool)),
-            graph_mask=jnp.ones(number, bool),
-            index=jnp.arange(number),
-        )
-        return predict_batch(network, model.params, batch)[network.position]
 
-    def predict(*, position, velocity, charge) -> np.ndarray:
+class ParticleModel:
+    """Where particles are after a time, and how fast if the model has learned that.
+
+    Arrays are in the units of the model's data: `position` and `velocity` `[B, N, 3]`, `charge`
+    `[B, N]`; any B, and any N, though it has only seen the N of its training. Edges go to as many
+    nearest particles as in training.
+
+    Attributes:
+      package: the model and its card.
+      horizon: the time it was trained for, the longest of several.
+    """
+
+    def __init__(self, package: Package):
+        self.package = package
+        self.horizon: float = package.facts["horizon"]
+        self._network = package.network()
+        self._neighbors = package.config.data.neighbors
+
+    @property
+    def several_horizons(self) -> bool:
+        """Whether it can be asked for shorter times than `horizon`."""
+        return "graph_feature" in self.package.card["inputs"]
+
+    def __call__(self, *, position, velocity, charge, horizon: float | None = None) -> np.ndarray:
+        """Positions `[B, N, 3]` after `horizon`, its longest if None."""
+        return self._predict(position, velocity, charge, horizon)[self._network.position]
+
+    def rollout(
+        self, *, position, velocity, charge, steps: int, horizon: float | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions from predictions: positions and velocities `[B, steps + 1, N, 3]`.
+
+        The first is what is given; each next one is `horizon` later.
+        """
+        if self._network.velocity is None:
+            raise UserError(
+                f"{self.package.name} predicts no velocities, so nothing follows from its "
+                "predictions: train a model with config.data.targets=('position', 'velocity')."
+            )
+        states = [(np.asarray(position, np.float32), np.asarray(velocity, np.float32))]
+        for _ in range(steps):
+            found = self._predict(*states[-1], charge, horizon)
+            states.append((found[self._network.position], found[self._network.velocity]))
+        return tuple(np.stack(column, axis=1) for column in zip(*states, strict=True))
+
+    def _predict(self, position, velocity, charge, horizon) -> dict[str, np.ndarray]:
         arrays = {"position": position, "velocity": velocity, "charge": charge}
         arrays = {key: np.asarray(value, np.float32) for key, value in arrays.items()}
         shape = arrays["position"].shape
@@ -58,18 +78,64 @@ def load_pretrained(name: str) -> Callable[..., np.ndarray]:
         for key, wanted in (("velocity", shape), ("charge", shape[:2])):
             if arrays[key].shape != wanted:
                 raise ValueError(f"{key} has shape {arrays[key].shape}; it must be {wanted}.")
-        return np.asarray(apply(**arrays))
+        time = self._time(horizon)
+        found = self._apply(**arrays, **_edges(arrays["position"], self._neighbors), time=time)
+        return {name: np.asarray(value) for name, value in found.items()}
 
-    return predict
+    def _time(self, horizon: float | None) -> np.float32:
+        """That to predict for, refused if the model has not learned it."""
+        if horizon is None:
+            return np.float32(self.horizon)
+        if not self.several_horizons and not np.isclose(horizon, self.horizon):
+            raise ValueError(
+                f"horizon is {horizon}, but {self.package.name} has learned {self.horizon} alone."
+            )
+        if not 0 < horizon <= self.horizon * (1 + 1e-6):
+            raise ValueError(
+                f"horizon is {horizon}, but must be above 0 and at most {self.horizon}, the "
+                f"longest that {self.package.name} has learned."
+            )
+        return np.float32(horizon)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _apply(self, position, velocity, charge, edges, edge_mask, time) -> dict:
+        number, n = position.shape[:2]
+        (element,) = self.package.elements
+        batch = Graph(
+            position=position,
+            velocity=velocity,
+            charge=charge,
+            atomic_number=jnp.full((number, n), element, jnp.int32),
+            node_mask=jnp.ones((number, n), bool),
+            senders=edges[..., 0],
+            receivers=edges[..., 1],
+            edge_type=edges[..., 2],
+            edge_mask=edge_mask,
+            graph_mask=jnp.ones(number, bool),
+            index=jnp.arange(number),
+            graph_feature=jnp.full((number, 1), time) if self.several_horizons else None,
+        )
+        return predict_batch(self._network, self.package.params, batch)
+
+
+def _edges(position_BxNx3: np.ndarray, neighbors: int) -> dict[str, np.ndarray]:
+    """Edges of each system, as many places for all as bound what they can have."""
+    number, n, _ = position_BxNx3.shape
+    offset, rows = edges_of(position_BxNx3, None, neighbors)
+    most = n * min(neighbors, n - 1) if neighbors else n * (n - 1) // 2
+    mask_BxE = np.arange(most) < np.diff(offset)[:, None]
+    edges_BxEx3 = np.zeros((number, most, 3), np.int32)
+    edges_BxEx3[mask_BxE] = rows
+    return {"edges": edges_BxEx3, "edge_mask": mask_BxE}
 
 
 def _why_not(model: Package) -> str:
     """Why positions, velocities and charges are not what a model needs; "" if they are."""
-    readouts = [target.readout for target in model.targets]
-    if readouts != ["position"]:
-        return f"its targets are read out as {', '.join(readouts)}, not as one of positions"
-    if model.card["inputs"] != ["velocity", "charge"] or len(model.elements) > 1:
+    readouts = {target.readout for target in model.targets}
+    if not {"position"} <= readouts <= {"position", "velocity"}:
+        return f"its targets are read out as {', '.join(sorted(readouts))}, not as positions"
+    if model.card["inputs"][:2] != ["velocity", "charge"] or len(model.elements) > 1:
         return "its nodes are no particles with a velocity and a charge"
-    if not model.card["all_pairs"]:
-        return "not all pairs of its particles are edges"
+    if model.card["passport"]["protocol"]["interaction"] == "springs":
+        return "its particles act on each other along springs that are not known here"
     return ""

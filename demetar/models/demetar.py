@@ -40,6 +40,7 @@ from demetar.models.layers import (
     Links,
     Mlp,
     gaussian_basis,
+    incident_links,
     layer_norm,
     mask_bias,
     mean_of_nodes,
@@ -306,7 +307,7 @@ class Demetar(GraphModel):
             edge_ExD = self._block(f"edge_{layer}")(edge_ExD, bias, deterministic)
         cross = Attention(self.num_heads, self.scaling, self.dtype, name="cross")
         if self.attention == "edges":
-            bias = _incidence_links(graph)
+            bias = incident_links(graph, first=1)  # token 0 is [CLS], which has none
             has_edge_N = jnp.zeros(len(x_NxD), bool).at[bias.query_L].max(bias.mask_L)
         else:
             number_Nx1 = jnp.arange(-1, len(x_NxD) - 1)[:, None]  # [CLS], -1, has no edges
@@ -429,18 +430,6 @@ def _node_links(graph: Graph) -> tuple[Links, Array]:
     )
     distance_M = safe_norm(x_Nx3[receiver_M] - x_Nx3[sender_M])
     return links, jnp.pad(distance_M, (0, 3 * len(node_N) + 1))
-
-
-def _incidence_links(graph: Graph) -> Links:
-    """Each token to the edges that its node ends; [CLS], token 0, has none."""
-    edge_E = jnp.arange(len(graph.edge_mask))
-    both = lambda a, b: jnp.concatenate([a, b])
-    return Links(
-        query_L=both(graph.receivers, graph.senders) + 1,
-        key_L=both(edge_E, edge_E),
-        bias_LxH=jnp.zeros((2 * len(edge_E), 1), graph.position.dtype),
-        mask_L=both(graph.edge_mask, graph.edge_mask),
-    )
 
 
 def _share_a_node(s_E: Array, r_E: Array) -> Array:

@@ -10,13 +10,20 @@ rounds share:
     velocities    <- v_i += t sum_j a_ij (x_i - x_j) / |x_i - x_j| + b_ij (v_i - v_j)
     positions     <- x_i += t v_i + the same sum with gates of its own
 
-where t is the horizon / `rounds`.
+where t is the horizon / `rounds`; of data with several horizons each graph has its own. With n
+particles and e edges a round costs n + e, and edges need not be all pairs
+(`config.data.neighbors`). What far ones do then comes from a pass over all pairs that is cheap,
+for it has no tokens: `field_kernels` learned functions of distance, k, `field_steps` times a round:
 
-Symmetries: gates are invariant scalars that do not depend on which end of an edge comes
-first, so outputs turn, reflect and permute with the inputs. Every move is equal and opposite
-on the two ends, and velocities enter as differences, so the centre of mass moves freely and
-the prediction is also the same for an observer in uniform motion. Charges enter through
-products alone: flipping all of them changes nothing.
+    velocities    <- v_i += s sum_j q_i q_j (x_i - x_j) sum_k w_k (|x_i - x_j|^2 + l_k^2)^(-3/2)
+
+where s = t / `field_steps` and positions move by as much each time.
+
+Symmetries: gates are invariant scalars that do not depend on which end of an edge comes first, so
+outputs turn, reflect and permute with the inputs. Every move is equal and opposite on the two ends
+of a pair, and velocities enter as differences, so the centre of mass moves freely and the
+prediction is also the same for an observer in uniform motion. Charges enter through products
+alone: flipping all of them changes nothing.
 """
 
 from typing import Any, ClassVar
@@ -27,26 +34,33 @@ import jax.numpy as jnp
 
 from data_pipelines.graph import Array, Graph, without_padding_values
 from demetar.models.base import GraphModel
-from demetar.models.layers import Attention, Dense, Mlp, layer_norm, mask_bias
-from demetar.models.ops import select_rows
+from demetar.models.layers import Attention, Dense, Links, Mlp, incident_links, layer_norm
 
 _SOFTENING = 1e-6  # added to squares, in the data's length^2: nothing is singular at contact
+_BLOCK = 128  # rows of the matrix of all pairs that are there at once
 
 
 class DemetarE3(GraphModel):
-    """Predicts where the nodes of one padded graph are after the horizon: `[N, 3]`.
+    """Predicts where the nodes of one padded graph are after the horizon and how they move then.
+
+    Positions and velocities are `[N, 3]` each.
 
     Attributes:
-      horizon: time from input to target.
+      horizon: time from input to target, the longest of several.
       width: D, of node and edge tokens.
       num_heads: H of the nodes' attention; divides `width`.
       mlp_ratio: hidden width of the MLPs over D.
       rounds: how often the one set of weights is applied.
       num_invariants: learned dot products of a pair's relative position and velocity.
+      field_kernels: of the pass over all pairs; 0: there is none.
+      field_steps: how often a round makes that pass, and how many steps of time it has.
+      remat: rounds are computed again in the backward pass instead of being kept; on a CPU what
+        they keep does not fit the caches, and twice the work takes less time.
       dtype: of tokens; vectors are float32 or wider.
     """
 
-    READOUTS: ClassVar = ("position",)
+    READOUTS: ClassVar = ("position", "velocity")
+    MAY_BE_ZERO: ClassVar = frozenset({"field_kernels"})
 
     horizon: float
     width: int = 32
@@ -54,6 +68,9 @@ class DemetarE3(GraphModel):
     mlp_ratio: int = 2
     rounds: int = 12
     num_invariants: int = 8
+    field_kernels: int = 0
+    field_steps: int = 1
+    remat: bool = True
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -65,13 +82,12 @@ class DemetarE3(GraphModel):
         x_com_3, v_com_3 = mean(graph.position), mean(graph.velocity)
         x_Nx3 = jnp.where(mask_N, graph.position - x_com_3, 0)
         v_Nx3 = jnp.where(mask_N, graph.velocity - v_com_3, 0)
-        vector_Nx3xC = jnp.stack([x_Nx3, v_Nx3], axis=-1)
         token = lambda name: self.param(name, nn.initializers.normal(1.0), (self.width,))
         repeat = lambda x, n: jnp.broadcast_to(x.astype(self.dtype), (n, self.width))
         node_NxD = repeat(token("node"), len(graph.node_mask))
         edge_ExD = repeat(token("edge"), len(graph.edge_mask))
         rounds = nn.scan(
-            _Round,
+            nn.remat(_Round, prevent_cse=False) if self.remat else _Round,
             variable_broadcast="params",
             split_rngs={"params": False},
             in_axes=nn.broadcast,
@@ -80,83 +96,105 @@ class DemetarE3(GraphModel):
             self.num_heads,
             self.mlp_ratio,
             self.num_invariants,
-            self.horizon / self.rounds,
+            self.field_kernels,
+            self.field_steps,
             name="round",
         )
-        start = (vector_Nx3xC, node_NxD, edge_ExD)
-        (vector_Nx3xC, _, _), _ = rounds(start, _incidence(graph), _coupling(graph))
-        moved_Nx3 = vector_Nx3xC[..., 0] + x_com_3 + self.horizon * v_com_3
-        return {self.position: jnp.where(mask_N, moved_Nx3, 0)}
+        # Data with one horizon say it once.
+        told = graph.graph_feature is not None
+        horizon = graph.graph_feature[0] if told else jnp.asarray(self.horizon, x_Nx3.dtype)
+        relative = horizon / self.horizon if told else None
+        start = (x_Nx3, v_Nx3, node_NxD, edge_ExD)
+        time = horizon / self.rounds
+        (x_Nx3, v_Nx3, *_), _ = rounds(start, graph, incident_links(graph), time, relative)
+        found = {
+            self.position: x_Nx3 + x_com_3 + horizon * v_com_3,
+            self.velocity: v_Nx3 + v_com_3,
+        }
+        return {name: jnp.where(mask_N, x, 0) for name, x in found.items() if name is not None}
 
 
 class _Round(nn.Module):
-    """One update of vectors, node tokens and edge tokens; see the module's docstring."""
+    """One update of positions, velocities, node and edge tokens; see the module's docstring.
+
+    Vectors of edges are held component by component, `[3, E]`: a sum over three components is
+    then a sum of rows.
+    """
 
     num_heads: int
     mlp_ratio: int
     num_invariants: int
-    duration: float
+    field_kernels: int
+    field_steps: int
 
     @nn.compact
-    def __call__(self, carry, signed_ExN: Array, coupling_Ex1: Array):
-        vector_Nx3xC, node_NxD, edge_ExD = carry  # C = 2: position, velocity
-        num_nodes, _, channels = vector_Nx3xC.shape
+    def __call__(self, carry, graph: Graph, links: Links, time: Array, relative: Array | None):
+        """Args: see above; `time` that passes; the horizon over the longest, if there are some."""
+        x_Nx3, v_Nx3, node_NxD, edge_ExD = carry
         width, dtype = node_NxD.shape[-1], node_NxD.dtype
+        hidden = self.mlp_ratio * width
         dense = lambda features, **options: Dense(features, dtype=dtype, **options)
-        incident_ExN = jnp.abs(signed_ExN)
+        i_E, j_E, mask_E = graph.senders, graph.receivers, graph.edge_mask
 
-        # Of each pair: x_i - x_j and v_i - v_j.
-        pair_Ex3C = select_rows(signed_ExN, vector_Nx3xC.reshape(num_nodes, -1))
-        pair_Ex3xC = pair_Ex3C.reshape(-1, 3, channels)
-        invariant_ExK, distance_Ex1 = self._invariants(pair_Ex3xC, dtype)
-        sign_ExK = coupling_Ex1.astype(dtype)
-        features = [invariant_ExK, sign_ExK * invariant_ExK, sign_ExK]
+        state_Nx6 = jnp.concatenate([x_Nx3, v_Nx3], axis=1)
+        pair_6xE = jnp.where(mask_E, (state_Nx6[i_E] - state_Nx6[j_E]).T, 0)
+        r_3xE, rate_3xE = pair_6xE[:3], pair_6xE[3:]  # x_i - x_j and v_i - v_j
+        invariant_KxE, distance_E = self._invariants(r_3xE, rate_3xE)
+        charge_E = jnp.where(mask_E, graph.charge[i_E] * graph.charge[j_E], 0)
+        features_KxE = [invariant_KxE, charge_E * invariant_KxE, charge_E[None]]
+        if relative is not None:
+            features_KxE.append(jnp.broadcast_to(relative, (1, len(mask_E))))
+        features_ExK = jnp.concatenate(features_KxE).T.astype(dtype)
 
         node_in_NxD = layer_norm(node_NxD)
-        hidden = self.mlp_ratio * width
         from_nodes_NxF = dense(hidden, use_bias=False, name="edge_from_nodes")(node_in_NxD)
         hidden_ExF = (
-            dense(hidden, name="edge_from_invariants")(jnp.concatenate(features, axis=-1))
+            dense(hidden, name="edge_from_invariants")(features_ExK)
             + dense(hidden, use_bias=False, name="edge_from_edge")(layer_norm(edge_ExD))
-            + select_rows(incident_ExN.astype(dtype), from_nodes_NxF)
+            + jnp.where(mask_E[:, None], from_nodes_NxF[i_E] + from_nodes_NxF[j_E], 0)
         )
         edge_ExD = edge_ExD + dense(width, name="edge_out")(nn.silu(hidden_ExF))
         edge_in_ExD = layer_norm(edge_ExD)
 
-        is_incident_NxE = incident_ExN.T > 0
         attention = Attention(self.num_heads, dtype=dtype, name="cross")
-        mixed_NxD = attention(node_in_NxD, edge_in_ExD, mask_bias(is_incident_NxE)[None])
-        node_NxD = node_NxD + jnp.where(is_incident_NxE.any(axis=1)[:, None], mixed_NxD, 0)
+        node_NxD = node_NxD + attention(node_in_NxD, edge_in_ExD, links)
         node_NxD = node_NxD + Mlp(hidden, width, dtype, name="node_mlp")(layer_norm(node_NxD))
 
         # Small at first, so that training starts near free flight.
         small = nn.initializers.variance_scaling(0.01, "fan_in", "normal")
-        gate_ExC2 = dense(2 * channels, kernel_init=small, name="gates")(edge_in_ExD)
-        along_r_ExC, along_v_ExC = jnp.split(gate_ExC2.astype(pair_Ex3xC.dtype), 2, axis=-1)
-        direction_Ex3 = pair_Ex3xC[..., 0] / distance_Ex1
-        move_Ex3xC = (
-            along_r_ExC[:, None] * direction_Ex3[..., None]
-            + along_v_ExC[:, None] * pair_Ex3xC[..., 1:2]
-        )
-        move_Nx3C = select_rows(signed_ExN.T, move_Ex3xC.reshape(-1, 3 * channels))
-        vector_Nx3xC = vector_Nx3xC + self.duration * move_Nx3C.reshape(vector_Nx3xC.shape)
-        vector_Nx3xC = vector_Nx3xC.at[..., 0].add(self.duration * vector_Nx3xC[..., 1])
-        return (vector_Nx3xC, node_NxD, edge_ExD), None
+        gate_Ex4 = dense(4, kernel_init=small, name="gates")(edge_in_ExD)
+        gate_4xE = jnp.where(mask_E, gate_Ex4.T.astype(r_3xE.dtype), 0)
+        along_r_2xE, along_v_2xE = gate_4xE[:2], gate_4xE[2:]  # of positions, of velocities
+        move_2x3xE = along_r_2xE[:, None] * (r_3xE / distance_E) + along_v_2xE[:, None] * rate_3xE
+        move_Ex6 = move_2x3xE.reshape(6, -1).T
+        ends_L, move_Lx6 = jnp.concatenate([i_E, j_E]), jnp.concatenate([move_Ex6, -move_Ex6])
+        move_Nx6 = jax.ops.segment_sum(move_Lx6, ends_L, len(x_Nx3))
+        drift_Nx3, force_Nx3 = move_Nx6[:, :3], move_Nx6[:, 3:]
 
-    def _invariants(self, pair_Ex3xC: Array, dtype) -> tuple[Array, Array]:
-        """Invariants of each pair's vectors, `[E, K]`, and its distance, `[E, 1]`."""
-        r_Ex3, v_Ex3 = pair_Ex3xC[..., 0], pair_Ex3xC[..., 1]
-        dot = lambda a, b: (a * b).sum(axis=-1, keepdims=True)
-        r2, v2, rv = dot(r_Ex3, r_Ex3), dot(v_Ex3, v_Ex3), dot(r_Ex3, v_Ex3)
+        step = time / self.field_steps
+        field = _Field(self.field_kernels, name="field") if self.field_kernels else None
+        for _ in range(self.field_steps):
+            all_Nx3 = 0.0 if field is None else field(x_Nx3, graph.charge)
+            v_Nx3 = v_Nx3 + step * (force_Nx3 + all_Nx3)
+            x_Nx3 = x_Nx3 + step * (v_Nx3 + drift_Nx3)
+        return (x_Nx3, v_Nx3, node_NxD, edge_ExD), None
+
+    def _invariants(self, r_3xE: Array, rate_3xE: Array) -> tuple[Array, Array]:
+        """Invariants of each pair's vectors, `[K, E]`, and its distance, `[E]`."""
+        dot = lambda a, b: (a * b).sum(axis=0)
+        r2, v2, rv = dot(r_3xE, r_3xE), dot(rate_3xE, rate_3xE), dot(r_3xE, rate_3xE)
         distance = jnp.sqrt(r2 + _SOFTENING)
         # Time (in the data's unit, at most 1) and distance of closest approach in free flight.
         time = jnp.clip(-rv / (v2 + 1e-3), 0, 1)
         closest = jnp.sqrt(jnp.maximum(r2 + 2 * time * rv + time**2 * v2, 0) + _SOFTENING)
-        mix = lambda name: Dense(
-            self.num_invariants, use_bias=False, dtype=pair_Ex3xC.dtype, name=name
-        )(pair_Ex3xC)
-        learned_ExK = (mix("dot_left") * mix("dot_right")).sum(axis=-2)
-        invariants = [
+        # A dot product of two mixtures of r and v is one mixture of r2, v2 and rv.
+        left_2xK, right_2xK = (
+            _Mixture(self.num_invariants, name=name)() for name in ("dot_left", "dot_right")
+        )
+        of_r2_K, of_v2_K = left_2xK * right_2xK
+        of_rv_K = left_2xK[0] * right_2xK[1] + left_2xK[1] * right_2xK[0]
+        learned_KxE = of_r2_K[:, None] * r2 + of_v2_K[:, None] * v2 + of_rv_K[:, None] * rv
+        known = [
             jnp.log(distance),
             1 / (distance + 0.05),
             1 / (r2 + 0.05),
@@ -165,22 +203,48 @@ class _Round(nn.Module):
             jnp.log(closest + 0.01),
             time,
             rv / distance,
-            learned_ExK * jax.lax.rsqrt(1 + jnp.abs(learned_ExK)),  # grows as a root: tame
         ]
-        return jnp.concatenate(invariants, axis=-1).astype(dtype), distance
+        tame_KxE = learned_KxE * jax.lax.rsqrt(1 + jnp.abs(learned_KxE))  # grows as a root
+        return jnp.concatenate([jnp.stack(known), tame_KxE]), distance
 
 
-def _incidence(graph: Graph) -> Array:
-    """[E, N]: +1 where an edge starts, -1 where it ends, rows of 0 in padding.
+class _Mixture(nn.Module):
+    """Weights of r and v in each of K learned vectors, `[2, K]`."""
 
-    Products with it gather and scatter: a scatter-add runs on one thread of a CPU.
-    """
-    number_N = jnp.arange(len(graph.node_mask))
-    at = lambda ends_E: (ends_E[:, None] == number_N).astype(graph.position.dtype)
-    return jnp.where(graph.edge_mask[:, None], at(graph.senders) - at(graph.receivers), 0)
+    number: int
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return self.param("kernel", nn.initializers.lecun_normal(), (2, self.number))
 
 
-def _coupling(graph: Graph) -> Array:
-    """[E, 1]: the product of both charges."""
-    product_E = graph.charge[graph.senders] * graph.charge[graph.receivers]
-    return jnp.where(graph.edge_mask, product_E, 0)[:, None]
+class _Field(nn.Module):
+    """What all particles do to each by learned kernels of distance, `[N, 3]`."""
+
+    num_kernels: int
+
+    @nn.compact
+    def __call__(self, x_Nx3: Array, charge_N: Array) -> Array:
+        # Lengths from 0.1 on, in the data's unit; strengths of 0: training starts without a field.
+        start = lambda _, shape: jnp.log(jnp.geomspace(0.1, 2.0, *shape))
+        softening_K = jnp.exp(self.param("log_softening", start, (self.num_kernels,)))
+        strength_K = self.param("strength", nn.initializers.zeros, (self.num_kernels,))
+        columns_Nx4 = jnp.pad(x_Nx3, ((0, 0), (0, 1)), constant_values=1.0) * charge_N[:, None]
+
+        @jax.checkpoint  # the pairs are computed again in the backward pass: memory stays linear
+        def of_rows(rows):
+            x_nx3, charge_n, number_n = rows
+            r2_nxN = sum(jnp.square(x_nx3[:, c, None] - x_Nx3[:, c]) for c in range(3))
+            pair_nxN = sum(
+                strength_K[k] * jax.lax.rsqrt(r2_nxN + softening_K[k] ** 2) ** 3
+                for k in range(self.num_kernels)
+            )
+            pair_nxN = jnp.where(number_n[:, None] == jnp.arange(len(x_Nx3)), 0, pair_nxN)
+            sum_nx4 = pair_nxN @ columns_Nx4
+            return charge_n[:, None] * (sum_nx4[:, 3:] * x_nx3 - sum_nx4[:, :3])
+
+        rows = (x_Nx3, charge_N, jnp.arange(len(x_Nx3)))
+        if len(x_Nx3) <= _BLOCK:
+            return of_rows(rows)
+        of_row = lambda row: of_rows(jax.tree.map(lambda a: a[None], row))[0]
+        return jax.lax.map(of_row, rows, batch_size=_BLOCK)

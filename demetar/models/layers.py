@@ -105,17 +105,35 @@ def softmax_at(index_L: Array, logits_LxH: Array, mask_Lx1: Array, number: int) 
     return weights_LxH / jnp.where(total_NxH > 0, total_NxH, 1)[index_L]
 
 
-def attend_along(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, links: Links) -> Array:
-    """As `ops.attend`, each query over the keys it is linked to; 0 where there is none."""
-    num_queries, wide = q_HxNxd.shape[1], links.bias_LxH.dtype
-    at = lambda x_HxNxd, index_L: x_HxNxd.swapaxes(0, 1)[index_L]
-    sums = lambda x: jax.ops.segment_sum(x, links.query_L, num_queries)
-    q_LxHxd = at(q_HxNxd, links.query_L)
-    logits_LxH = (q_LxHxd * at(k_HxMxd, links.key_L)).sum(axis=-1).astype(wide) + links.bias_LxH
+def incident_links(graph: Graph, first: int = 0) -> Links:
+    """Each node to the edges that it ends; token `first` is node 0."""
+    edge_E = jnp.arange(len(graph.edge_mask))
+    both = lambda a, b: jnp.concatenate([a, b])
+    return Links(
+        query_L=both(graph.receivers, graph.senders) + first,
+        key_L=both(edge_E, edge_E),
+        bias_LxH=jnp.zeros((2 * len(edge_E), 1), graph.position.dtype),
+        mask_L=both(graph.edge_mask, graph.edge_mask),
+    )
+
+
+def attend_along(q_NxD: Array, k_MxD: Array, v_MxD: Array, links: Links, num_heads: int) -> Array:
+    """As `ops.attend`, each query over the keys it is linked to; 0 where there is none.
+
+    Columns head by head. Numbers of a head are summed and spread by products with ones and zeros:
+    sums over an axis as short as a head are slow on a CPU.
+    """
+    num_queries, width = q_NxD.shape
+    wide = links.bias_LxH.dtype
+    of_head_DxH = np.kron(np.eye(num_heads), np.ones((width // num_heads, 1)))
+    over_head = lambda x_LxD: ops.select_columns(x_LxD.astype(wide), of_head_DxH)
+    products_LxD = q_NxD[links.query_L] * k_MxD[links.key_L]
+    logits_LxH = over_head(products_LxD) + links.bias_LxH
     weights_LxH = softmax_at(links.query_L, logits_LxH, links.mask_L[:, None], num_queries)
-    v_LxHxd = at(v_HxMxd, links.key_L)
-    mixed_NxHxd = sums(v_LxHxd.astype(wide) * weights_LxH[..., None])
-    return mixed_NxHxd.astype(v_HxMxd.dtype).swapaxes(0, 1)
+    weights_LxD = ops.select_columns(weights_LxH, of_head_DxH.T)
+    mixed_LxD = v_MxD[links.key_L].astype(wide) * weights_LxD
+    mixed_NxD = jax.ops.segment_sum(mixed_LxD, links.query_L, num_queries)
+    return mixed_NxD.astype(v_MxD.dtype)
 
 
 class Attention(nn.Module):
@@ -141,22 +159,24 @@ class Attention(nn.Module):
         head_width = width // self.num_heads
         # No biases: one on the keys cancels in the softmax, and `out` has its own.
         dense = lambda features, name: Dense(features, use_bias=False, dtype=self.dtype, name=name)
-        heads = lambda x_NxHxd: x_NxHxd.swapaxes(0, 1)
-        q_HxNxd = heads(dense(width, "query")(query_NxD).reshape(-1, self.num_heads, head_width))
+        q_NxD = dense(width, "query")(query_NxD)
+        if self.scaling == "standard":
+            q_NxD = q_NxD / math.sqrt(head_width)
         # Columns head by head, so that a mesh can divide the heads.
         kv_MxD2 = dense(2 * width, "kv")(key_MxD)
         kv_MxHx2xd = kv_MxD2.reshape(-1, self.num_heads, 2, head_width)
-        k_HxMxd, v_HxMxd = heads(kv_MxHx2xd[:, :, 0]), heads(kv_MxHx2xd[:, :, 1])
-        if self.scaling == "standard":
-            q_HxNxd = q_HxNxd / math.sqrt(head_width)
+        k_MxHxd, v_MxHxd = kv_MxHx2xd[:, :, 0], kv_MxHx2xd[:, :, 1]
         if isinstance(bias, Links):
-            mixed_HxNxd = attend_along(q_HxNxd, k_HxMxd, v_HxMxd, bias)
+            rows = lambda x_MxHxd: x_MxHxd.reshape(-1, width)
+            mixed_NxD = attend_along(q_NxD, rows(k_MxHxd), rows(v_MxHxd), bias, self.num_heads)
         else:
             wide = jnp.promote_types(self.dtype, jnp.float32)
             shape = (self.num_heads, num_queries, len(key_MxD))
             bias_HxNxM = jnp.broadcast_to(bias.astype(wide), shape)
-            mixed_HxNxd = ops.attend(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM)
-        mixed_NxD = heads(mixed_HxNxd).reshape(num_queries, width)
+            heads = lambda x_NxHxd: x_NxHxd.swapaxes(0, 1)
+            q_NxHxd = q_NxD.reshape(-1, self.num_heads, head_width)
+            mixed_HxNxd = ops.attend(heads(q_NxHxd), heads(k_MxHxd), heads(v_MxHxd), bias_HxNxM)
+            mixed_NxD = heads(mixed_HxNxd).reshape(num_queries, width)
         if self.scaling == "blog":
             mixed_NxD = mixed_NxD / math.sqrt(width)
         return Dense(width, dtype=self.dtype, name="out")(mixed_NxD)

@@ -58,9 +58,15 @@ def select_rows(selector_NxM: Array, x_MxD: Array) -> Array:
     return matmul(selector_NxM, x_MxD)
 
 
-# The name that the traced function carries: `speed.flops` counts no operations in it, because a
-# gather has none.
-SELECTS = select_rows.__name__
+@jax.jit
+def select_columns(x_NxM: Array, selector_MxF: Array) -> Array:
+    """Columns of `x`, or sums of a few, `[N, F]`: a product with ones and zeros."""
+    return matmul(x_NxM, jnp.asarray(selector_MxF, x_NxM.dtype))
+
+
+# The names that the traced functions carry: `speed.flops` counts no operations in them, because
+# what they stand for has none.
+SELECTS = (select_rows.__name__, select_columns.__name__)
 
 
 # --- attention -----------------------------------------------------------------------------------

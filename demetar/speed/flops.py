@@ -58,7 +58,7 @@ def _of_jaxpr(jaxpr) -> Count:
         inner = [_of_jaxpr(j) for j in _inner_jaxprs(params)]
         if name == "dot_general":
             total += _of_dot(equation)
-        elif params.get("name") == SELECTS:
+        elif params.get("name") in SELECTS:
             pass  # a gather or scatter, as a product with ones and zeros: nothing of the model
         elif name == "cond":
             total += max(inner, key=lambda c: c.total)

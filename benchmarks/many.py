@@ -1,0 +1,141 @@
+"""The study of many particles: trains every row of docs/results/many.md.
+
+    python benchmarks/many.py --rows=ours           train (or go on with) a group of rows
+    python benchmarks/many.py --floor=glad_20       the least error of an equivariant model
+    python benchmarks/many.py --cost                seconds of a training step against particles
+
+Groups: ours, near, egnn; or rows by name, comma-separated. Every row is one run of
+`python -m demetar.main`, so it resumes where it stopped; runs live in runs/many. Numbers go to
+benchmarks/results/many/*.json; `many_page.py` writes the page from them alone.
+
+Rows of `near` and `egnn` say what the parts are worth: each trains for the minutes that the row of
+`ours` of the same systems took.
+"""
+
+import os
+
+import jax
+import numpy as np
+from growth import exponent, median_seconds
+from study import ROOT, Row, Study, measure_floor
+
+from data_pipelines.batch_plan import Bucket
+from data_pipelines.batching import GraphArrays, gather
+from data_pipelines.nbody import POSITION
+from data_pipelines.nbody.draws import draw, stack
+from data_pipelines.nbody.pairs import edges_of
+from data_pipelines.nbody.protocols import PROTOCOLS, general_protocol
+from demetar.models import create_model
+from demetar.speed.machine import processor
+
+SIZES = (5, 20, 50, 100)
+TITLES = {
+    "ours": "edge-space transformer",
+    "near": "the same without the field",
+    "egnn": "EGNN (ours)",
+}
+
+
+def _row(group: str, protocol: str, seed: int, *flags: str) -> Row:
+    variant = protocol + (",egnn" if group == "egnn" else "")
+    name = f"{protocol}-{group}-{seed}"
+    return Row(group, name, TITLES[group], variant, (*flags, f"--config.seed={seed}"))
+
+
+ROWS = [
+    *(
+        _row("ours", f"glad_{n}", seed)
+        for n in SIZES
+        for seed in (range(3) if n in (5, 100) else range(1))
+    ),
+    _row("ours", "gravity_100", 0),
+    *(_row("near", f"glad_{n}", 0, "--config.model.field_kernels=0") for n in SIZES[1:]),
+    *(_row("egnn", f"glad_{n}", 0) for n in SIZES),
+    _row("egnn", "gravity_100", 0),
+]
+STUDY = Study(ROWS, ROOT / "runs" / "many", ROOT / "benchmarks" / "results" / "many")
+
+# --- cost ----------------------------------------------------------------------------------------
+
+COST_SIZES = (5, 20, 50, 100, 200)
+# Name -> neighbors, options.
+COSTS = {
+    "nearest 8 and field": (8, {"field_kernels": 4}),
+    "nearest 8": (8, {}),
+    "all pairs": (0, {}),
+}
+
+
+def batch_of(n: int, size: int, neighbors: int):
+    """Systems drawn as those of the study are, before they move."""
+    protocol = general_protocol(
+        num_particles=n, interaction="charged", horizon_steps=(1,), num_train=size,
+        num_validation=1, num_test=1, seed=0,
+    )  # fmt: skip
+    rng = np.random.RandomState(0)
+    start = stack([draw(rng, protocol) for _ in range(size)])
+    offset, edges = edges_of(start.position, None, neighbors)
+    flat = lambda x: x.reshape(size * n, *x.shape[2:])
+    arrays = GraphArrays(
+        index=np.arange(1, size + 1, dtype=np.int32),
+        node_offset=np.arange(size + 1) * n,
+        atomic_number=np.ones(size * n, np.uint8),
+        position=flat(start.position),
+        edge_offset=offset,
+        edges=edges,
+        velocity=flat(start.velocity),
+        charge=flat(start.charge),
+        dtype=np.dtype(np.float32),
+    )
+    return gather(arrays, np.arange(size), Bucket(n, int(np.diff(offset).max())))
+
+
+def seconds_of(n: int, neighbors: int, options: dict, seconds: float = 3.0) -> float:
+    """Median time of forward and backward of one system, on all cores."""
+    size = max(2, 200 // n)
+    model = create_model(name="demetar_e3", targets=(POSITION,), facts={"horizon": 1.0}, **options)
+    batch = batch_of(n, size, neighbors)
+    params = model.init(jax.random.key(0), jax.tree.map(lambda x: x[0], batch))["params"]
+
+    def loss(params, batch):
+        predict = lambda graph: model.apply({"params": params}, graph)["position"]
+        return (jax.vmap(predict)(batch) ** 2).sum()
+
+    return median_seconds(jax.jit(jax.grad(loss)), params, batch, seconds) / size
+
+
+def measure_cost() -> dict:
+    """Seconds of a system against its particles, and the exponent over the three largest."""
+    found = {}
+    for name, (neighbors, options) in COSTS.items():
+        times = []
+        for n in COST_SIZES:
+            times.append(seconds_of(n, neighbors, options))
+            print(f"{name}: {n} particles, {1e3 * times[-1]:.3f} ms a system", flush=True)
+        found[name] = {"seconds_a_system": times, "exponent": exponent(COST_SIZES, times)}
+    return {
+        "command": "python benchmarks/many.py --cost",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "particles": COST_SIZES,
+        "rows": found,
+    }
+
+
+def main() -> None:
+    parser = STUDY.parser(__doc__)
+    choices = [name for name in PROTOCOLS if name.startswith("glad_")]
+    parser.add_argument("--floor", choices=choices, help="measure the floor of its systems")
+    parser.add_argument("--systems", type=int, default=200, help="of each part, for the floor")
+    parser.add_argument("--cost", action="store_true", help="measure the cost of a step")
+    options = parser.parse_args()
+    STUDY.train_rows(options.rows, options.cores)
+    if options.floor:
+        command = f"python benchmarks/many.py --floor={options.floor} --systems={options.systems}"
+        floor = measure_floor(options.floor, options.systems)
+        STUDY.keep(f"floor-{options.floor}", {"command": command} | floor)
+    if options.cost:
+        STUDY.keep("cost", measure_cost())
+
+
+if __name__ == "__main__":
+    main()

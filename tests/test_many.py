@@ -1,0 +1,217 @@
+"""Many particles: generators against official systems, and the model for them.
+
+The files of official systems are described in tests/golden/README.md; the same tests run on any
+folder of files of this form:
+
+    DEMETAR_GOLDEN_MANY=FOLDER pytest tests/test_many.py
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+import demetar
+from data_pipelines.batch_plan import Bucket
+from data_pipelines.batching import GraphArrays, gather
+from data_pipelines.errors import UserError
+from data_pipelines.nbody import draws, protocols, simulation
+from data_pipelines.nbody.pairs import edges_of
+from demetar.config.command_line import load_config
+from demetar.inference import package
+from demetar.inference.card import describe
+from demetar.inference.particles import ParticleModel
+from demetar.models import e3, predict
+from demetar.training.experiment import build_experiment
+
+OURS = REPOSITORY / "tests" / "golden" / "many"
+FOLDER = pathlib.Path(os.environ.get("DEMETAR_GOLDEN_MANY", OURS))
+# Beginning of a file's name -> of the protocol that its systems are of; the number ends both.
+KINDS = {"glad_charged_": "glad_", "segnn_gravity_": "gravity_"}
+FILES = {
+    protocol + path.stem.removeprefix(name): path
+    for path in sorted(FOLDER.glob("*.npz"))
+    for name, protocol in KINDS.items()
+    if path.stem.startswith(name)
+}
+PARTS = ("train", "valid", "test")
+
+
+def state_at(golden, frame, systems=slice(None)):
+    """Position, velocity and charge, [9, N, 3] and [9, N], of all parts."""
+    x, v = (np.concatenate([golden[f"{p}_{k}_f{frame}"] for p in PARTS]) for k in "xv")
+    if "train_charge" in golden:
+        charge = np.concatenate([golden[f"{p}_charge"] for p in PARTS]).reshape(x.shape[:2])
+    else:
+        charge = np.ones(x.shape[:2])
+    return draws.Start(x[systems], v[systems], charge[systems])
+
+
+# All parts of one protocol by default: reaching the others means drawing thousands of systems.
+ALL_PARTS = list(FILES) if "DEMETAR_GOLDEN_MANY" in os.environ else ["glad_5"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_systems_are_drawn_as_the_official_ones(name):
+    golden, protocol = np.load(FILES[name]), protocols.PROTOCOLS[name]
+    rng = np.random.RandomState(protocol.seed)
+    for part, drawn in zip(PARTS, protocol.draws, strict=True):
+        systems = [draws.draw(rng, protocol) for _ in range(drawn if name in ALL_PARTS else 3)]
+        start = draws.stack(systems[:3])
+        if protocol.interaction == "gravity":  # the file has them before the mean is taken away
+            official = golden[f"{part}_v_init"]
+            official = official - official.mean(axis=1, keepdims=True)
+        else:
+            official = golden[f"{part}_v_init"]
+            charge = golden[f"{part}_charge"].reshape(start.charge.shape)
+            np.testing.assert_array_equal(start.charge, charge)
+        np.testing.assert_array_equal(start.position, golden[f"{part}_x_init"])
+        np.testing.assert_allclose(start.velocity, official, atol=1e-15)
+        first = 0 if protocol.interaction == "gravity" else 1  # step of the official frame 0
+        if first:
+            one = dataclasses.replace(protocol, input_step=first, horizon_steps=(1,))
+            state, _ = simulation.simulate(start, one)
+            np.testing.assert_allclose(state.position, golden[f"{part}_x_f0"], atol=1e-12)
+            np.testing.assert_allclose(state.velocity, golden[f"{part}_v_f0"], atol=1e-12)
+        if name not in ALL_PARTS:
+            break
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_from_the_input_they_reach_the_official_target(name):
+    """From frame 30 to frame 40. A few charges meet so closely that the last bit decides."""
+    golden, protocol = np.load(FILES[name]), protocols.PROTOCOLS[name]
+    onward = dataclasses.replace(
+        protocol, input_step=1, horizon_steps=(protocol.horizon_steps[0] - 1,)
+    )
+    _, after = simulation.simulate(state_at(golden, 30), onward)
+    official = state_at(golden, 40)
+    error = np.abs(after.position - official.position).max(axis=(1, 2))
+    assert (error < 1e-8).sum() >= len(error) - 1, error
+    assert error.max() < 1.0
+
+
+def test_gravity_keeps_momentum_and_energy():
+    golden, protocol = np.load(OURS / "segnn_gravity_100.npz"), protocols.PROTOCOLS["gravity_100"]
+    start = state_at(golden, 30, slice(2))
+    before, after = simulation.simulate(start, dataclasses.replace(protocol, input_step=1))
+    i, j = np.triu_indices(100, 1)
+
+    def energy(state):
+        r2 = np.square(state.position[:, i] - state.position[:, j]).sum(axis=-1)
+        kinetic = np.square(state.velocity).sum(axis=(1, 2)) / 2
+        return kinetic - (1 / np.sqrt(r2 + 0.01)).sum(axis=1)
+
+    np.testing.assert_allclose(energy(after), energy(before), rtol=2e-4)
+    np.testing.assert_allclose(after.velocity.mean(axis=1), 0, atol=1e-12)
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+def batch_of(position, velocity, charge, neighbors=0):
+    """All systems as one batch, without padded nodes, float64."""
+    number, n, _ = position.shape
+    offset, edges = edges_of(position, None, neighbors)
+    arrays = GraphArrays(
+        index=np.arange(1, number + 1, dtype=np.int32),
+        node_offset=np.arange(number + 1) * n,
+        atomic_number=np.ones(number * n, np.uint8),
+        position=position.reshape(-1, 3),
+        edge_offset=offset,
+        edges=edges,
+        velocity=velocity.reshape(-1, 3),
+        charge=charge.ravel(),
+    )
+    return gather(arrays, np.arange(number), Bucket(n, int(np.diff(offset).max())))
+
+
+@pytest.mark.parametrize("n", [5, 12])
+@pytest.mark.usefixtures("float64")
+def test_gathers_and_sums_compute_what_matrices_of_ones_did(n):
+    """What shipped weights predicted when edges were matrices [E, N] and attention was masked."""
+    golden = np.load(OURS / "e3_dense.npz")
+    model = package.read("nbody-egnn-e3-seed0")
+    network = model.network().clone(dtype=np.float64)
+    params = jax.tree.map(np.float64, model.params)
+    batch = batch_of(*(golden[f"{key}_{n}"] for key in ("position", "velocity", "charge")))
+    found = predict(network, params, batch)["position"]
+    np.testing.assert_allclose(found, golden[f"prediction_{n}"], atol=1e-12)
+    single = demetar.load_pretrained("nbody-egnn-e3-seed0")(
+        **{key: golden[f"{key}_{n}"] for key in ("position", "velocity", "charge")}
+    )
+    np.testing.assert_allclose(single, golden[f"prediction_{n}"], atol=1e-5)
+
+
+@pytest.mark.usefixtures("float64")
+def test_field_is_the_sum_of_its_kernels_in_blocks_of_any_size(monkeypatch):
+    rng = np.random.default_rng(3)
+    x, charge = rng.normal(size=(7, 3)), rng.choice([-1.0, 1.0], 7)
+    params = {"log_softening": rng.normal(size=2), "strength": rng.normal(size=2)}
+    expected = np.zeros((7, 3))
+    for i in range(7):
+        for j in set(range(7)) - {i}:
+            r = x[i] - x[j]
+            squares = r @ r + np.exp(2 * params["log_softening"])
+            expected[i] += charge[i] * charge[j] * r * (params["strength"] @ squares**-1.5)
+    field = e3._Field(2)
+    for block in (128, 4, 7, 1):
+        monkeypatch.setattr(e3, "_BLOCK", block)
+        found = field.apply({"params": params}, x, charge)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    gradient = jax.grad(lambda x: (field.apply({"params": params}, x, charge) ** 2).sum())(x)
+    assert np.isfinite(gradient).all()
+
+
+def untrained(cache_dir, **changes):
+    """A model of the smoke config as it starts, and its experiment."""
+    small = {"data.cache_dir": cache_dir, "model.width": 8, "model.rounds": 2}
+    experiment = build_experiment(load_config("nbody:smoke", small | changes))
+    params = jax.device_get(experiment.create_state().params)
+    card = describe(experiment, {})
+    return ParticleModel(package.Package("mine", params, card)), experiment
+
+
+def test_several_horizons_are_learned_and_predicted_by_one_model(cache_dir):
+    model, experiment = untrained(
+        cache_dir,
+        **{"data.targets": ("position", "velocity"), "data.general.horizon_steps": (10, 20)},
+    )
+    arrays, split = experiment.arrays, experiment.dataset.split
+    assert len(arrays.index) == 2 * (64 + 32 + 32)
+    np.testing.assert_array_equal(arrays.graph_feature[:4, 0], [0.01, 0.02, 0.01, 0.02])
+    np.testing.assert_array_equal(split["train"], np.arange(128))  # both of a system in one part
+    x, target = (a.reshape(-1, 2, 4, 3) for a in (arrays.position, arrays.node_labels["position"]))
+    v = arrays.velocity.reshape(-1, 2, 4, 3)
+    np.testing.assert_array_equal(x[:, 0], x[:, 1])
+    assert np.abs(target[:, 0] - x[:, 0] - 0.01 * v[:, 0]).max() < 0.02  # of little acceleration
+    free = experiment.dataset.baselines(split["test"])["free_flight"]["position"]
+    assert np.abs(free).max() < 0.05
+
+    given = {"position": x[:3, 0], "velocity": v[:3, 0]}
+    given["charge"] = arrays.charge.reshape(-1, 2, 4)[:3, 0]
+    short, long = model(**given, horizon=0.01), model(**given)
+    assert np.abs(long - model(**given, horizon=0.02)).max() == 0
+    assert np.abs(long - x[:3, 0]).max() > 1.5 * np.abs(short - x[:3, 0]).max()
+    positions, velocities = model.rollout(**given, steps=2, horizon=0.01)
+    assert positions.shape == velocities.shape == (3, 3, 4, 3)
+    np.testing.assert_array_equal(positions[:, 1], short)
+    again = given | {"position": positions[:, 1], "velocity": velocities[:, 1]}
+    np.testing.assert_array_equal(positions[:, 2], model(**again, horizon=0.01))
+    with pytest.raises(ValueError, match=r"horizon is 0.03, but must be above 0 and at most 0.02"):
+        model(**given, horizon=0.03)
+
+
+def test_what_a_model_has_not_learned_is_refused(cache_dir):
+    model, experiment = untrained(cache_dir)
+    x = experiment.arrays.position.reshape(-1, 4, 3)[:2]
+    given = {"position": x, "velocity": 0 * x, "charge": np.ones((2, 4))}
+    assert np.isfinite(model(**given, horizon=0.02)).all()
+    with pytest.raises(ValueError, match="mine has learned 0.02 alone"):
+        model(**given, horizon=0.01)
+    with pytest.raises(UserError, match=r"predicts no velocities.*config.data.targets"):
+        model.rollout(**given, steps=2)
