@@ -9,8 +9,7 @@ Groups: ours, near, egnn, rollout; or rows by name, comma-separated. Every row i
 `python -m demetar.main`, so it resumes where it stopped; runs live in runs/many. Numbers go to
 benchmarks/results/many/*.json; `many_page.py` writes the page from them alone.
 
-Rows of `near` and `egnn` say what the parts are worth: each trains for the minutes that the row of
-`ours` of the same systems took.
+Rows of `near` and `egnn` take as many steps of as many systems as the row of `ours`.
 """
 
 import os
@@ -66,7 +65,7 @@ ROWS = [
             "--config.data.general.num_particles=100",
             f"--config.data.general.horizon_steps={ROLLOUT_STEPS}",
             "--config.model.field_kernels=4",
-            "--config.data.batch_size=50",
+            "--config.data.batch_size=10",
             "--config.train.num_steps=8_000",
             "--config.train.eval_every=800",
         ),

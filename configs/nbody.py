@@ -59,13 +59,13 @@ _MODELS = {
     "edge_cross": _POST | {"edge_layers": 0, "joint_layers": 2},
 }
 _PUBLISHED = ("tfn", "se3_transformer")  # with the training of Fuchs et al. 2020
-# What `e3` changes for them, and the steps of its training.
+# Systems of a batch, fewer where each has more particles; steps; neighbors of each particle.
 _MANY = {
-    "glad_5": ({}, 16_000),
-    "glad_20": ({"neighbors": 8}, 16_000),
-    "glad_50": ({"neighbors": 8}, 16_000),
-    "glad_100": ({"neighbors": 8}, 16_000),
-    "gravity_100": ({"neighbors": 8}, 16_000),
+    "glad_5": (50, 16_000, 0),
+    "glad_20": (20, 16_000, 8),
+    "glad_50": (10, 32_000, 8),
+    "glad_100": (10, 32_000, 8),
+    "gravity_100": (10, 32_000, 8),
 }
 _PROTOCOLS = ("blog", "fuchs", "general", *_MANY)  # "egnn" is the default, and the name of a model
 
@@ -125,13 +125,12 @@ def _as_published(config: ConfigDict) -> None:
 
 
 def _many(config: ConfigDict) -> None:
-    """Up to a hundred particles: edges to the nearest, a field of all, and smaller batches."""
-    data, config.train.num_steps = _MANY[config.data.protocol]
+    """Up to a hundred particles: edges to the nearest, and a field of all."""
+    batch_size, config.train.num_steps, neighbors = _MANY[config.data.protocol]
     config.train.eval_every = config.train.num_steps // 20
-    config.data.batch_size = 50
-    config.data.eval_batch_size = 100
+    config.data.update({"batch_size": batch_size, "eval_batch_size": 2 * batch_size})
     if config.model.name == "demetar_e3":
-        config.data.update(data)
+        config.data.neighbors = neighbors
         config.model.field_kernels = 4
 
 
