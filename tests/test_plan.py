@@ -4,17 +4,20 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
-from demetar.speed import flops, topology
+from demetar.speed import flops, kernels, topology
 from demetar.tools import plan_page, planner
 from demetar.training import sharding
 from demetar.training.experiment import build_experiment
@@ -237,7 +240,7 @@ class Compiled:
 def test_what_does_not_fit_is_refused_with_what_would(small, monkeypatch, memory, fitting):
     """A graph of a chip's micro-batch takes 100 bytes, the state 800: the mildest that fits."""
 
-    def compiled(trainer, chip):
+    def compiled(trainer):
         config = trainer.experiment.config
         graphs = config.data.batch_size / 8 / config.train.accumulation
         return Compiled(100 * graphs + 800 / config.mesh.fsdp)
@@ -258,7 +261,7 @@ def test_a_compiler_that_gives_up_is_no_bug(small, monkeypatch):
         def lower(self, *arguments):
             return self
 
-        def compile(self, compiler_options):
+        def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 99 GiB of 79")
 
     monkeypatch.setattr(Trainer, "jitted", Jitted())
@@ -287,3 +290,90 @@ def test_the_command_on_a_real_compiler(runner, cache_dir, tmp_path, place, modu
         flags += [f"--topology={small}:1x8", "--batch=64"]
         said = runner.run(None, *flags, module="demetar.plan", code=2)
         assert "has 3.0 MiB. Each of these fits: " in said
+
+
+# --- compiled programs, read ---------------------------------------------------------------------
+
+PROGRAM = """HloModule jit_step
+%add.1 (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+%largest (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %most = f32[] maximum(%a, %b)
+}
+%fused (x: f32[8], i: s32[4,1], u: f32[4]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %i = s32[4,1]{1,0} parameter(1)
+  %u = f32[4]{0} parameter(2)
+  %top = f32[] reduce(%u, %x), dimensions={0}, to_apply=%largest
+  ROOT %scatter.1 = f32[8]{0} scatter(%x, %i, %u), index_vector_dim=1, MORE, to_apply=%APPLY
+}
+%body (state: (f32[8], f32[8])) -> (f32[8], f32[8]) {
+  %state = (f32[8]{0}, f32[8]{0}) parameter(0)
+  %x.2 = f32[8]{0} get-tuple-element(%state), index=0
+  %copy.1 = f32[8]{0} copy(%x.2)
+  ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%copy.1, %copy.1)
+}
+ENTRY %main (x: f32[8], i: s32[4,1], u: f32[4]) -> f32[8] {
+  %x.1 = f32[8]{0} parameter(0)
+  %loop = (f32[8]{0}, f32[8]{0}) while(%x.1), condition=%least, body=%body
+  %call = (f32[8]{0}, s8[4]{0}) custom-call(%x.1), custom_call_target="TARGET"
+  ROOT %out = f32[8]{0} fusion(%x.1, %i.1, %u.1), kind=kInput, calls=%fused
+}
+"""
+
+
+def program(more="indices_are_sorted=true", apply="add.1", target="__cublas$lt$matmul"):
+    return PROGRAM.replace("MORE", more).replace("APPLY", apply).replace("TARGET", target)
+
+
+def test_what_a_program_launches():
+    """Loops' bodies once; what is inside a kernel, and what the host does, not at all."""
+    assert dict(kernels.launches(program())) == {"copy": 1, "custom-call": 1, "fusion": 1}
+
+
+def test_what_may_differ_between_two_runs_of_a_program():
+    (found,) = kernels.may_differ(program())
+    assert "scatter.1" in found
+    assert kernels.may_differ(program(more="unique_indices=true")) == []
+    assert kernels.may_differ(program(apply="largest")) == []
+    (found,) = kernels.may_differ(program(more="unique_indices=true", target="__mystery"))
+    assert "__mystery" in found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["qm9:smoke", "qm9:egnn,smoke", "nbody:smoke"])
+def test_programs_for_a_gpu_are_the_same_each_time(cache_dir, config):
+    """Compiled for H100 with the settings of a run; without them a scatter adds as it comes."""
+    pytest.importorskip("jax_cuda12_plugin")
+    script = """
+import sys
+import demetar.plan  # sets what must be set before jax
+import jax
+from demetar.config.command_line import load_config
+from demetar.speed import kernels
+from demetar.speed.topology import planned_devices
+from demetar.training import runtime
+from demetar.training.experiment import build_experiment
+from demetar.training.trainer import Trainer
+config = load_config(sys.argv[1], {"mesh.cpu_devices": 0, "data.cache_dir": sys.argv[2]})
+_, devices = planned_devices("h100:1x1")
+if sys.argv[3] == "free":
+    del runtime.COMPILER_FLAGS["gpu"]["xla_gpu_deterministic_ops"]
+runtime.configure(config)
+jax.config.update("jax_enable_compilation_cache", False)
+text = Trainer(build_experiment(config, devices)).program(0).as_text()
+print(len(kernels.may_differ(text)))
+"""
+    run = lambda kind: int(
+        subprocess.run(
+            [sys.executable, "-c", script, config, cache_dir, kind],
+            capture_output=True, text=True, check=True, cwd=REPOSITORY,
+        ).stdout
+    )  # fmt: skip
+    assert run("as a run") == 0
+    assert (run("free") > 0) == (config != "qm9:smoke")  # which has no scatter

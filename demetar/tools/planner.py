@@ -101,13 +101,11 @@ class DoesNotFit(UserError):
     """The compiler itself found too little memory."""
 
 
-def compile_largest(trainer: Trainer, chip: Accelerator):
+def compile_largest(trainer: Trainer):
     """The train step of the largest bucket, compiled for the planned devices."""
     arguments = trainer.abstract_arguments(len(trainer.plan.buckets) - 1)
-    # float32 products of GPUs, sharded over `model`, fail to lower with Triton.
-    options = {"xla_gpu_enable_triton_gemm": False} if chip.kind == "cuda" else {}
     try:
-        return trainer.jitted.lower(*arguments).compile(compiler_options=options)
+        return trainer.jitted.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise DoesNotFit(str(error).splitlines()[0][:300]) from error
@@ -133,7 +131,7 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
     buckets = range(len(trainer.plan.buckets))
     say(f"Counting {len(buckets)} buckets, compiling the largest for {len(devices)} chips ...")
     counted = [flops.count(trainer.jitted, *trainer.abstract_arguments(b)) for b in buckets]
-    compiled = compile_largest(trainer, chip)
+    compiled = compile_largest(trainer)
     cost = compiled.cost_analysis() or {}
     chips = trainer.experiment.mesh.size
     state_bytes = 2 * compiled.memory_analysis().argument_size_in_bytes * chips
@@ -199,7 +197,7 @@ def remedies(config, chip: Accelerator, devices) -> list[str]:
             change(trial, value)
             say(f"Trying {text.format(value)} ...")
             try:
-                compiled = compile_largest(Trainer(build_experiment(trial, devices)), chip)
+                compiled = compile_largest(Trainer(build_experiment(trial, devices)))
             except UserError:
                 break
             if memory_of(compiled)["all"] > chip.memory_bytes:

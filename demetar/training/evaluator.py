@@ -119,6 +119,10 @@ class Evaluator:
         """See `CompiledPerBucket`."""
         self._compiled.compile_ahead(executor)
 
+    def program(self, bucket: int):
+        """The compiled step of a bucket."""
+        return self._compiled.program(bucket)
+
     def step(self, params, bucket: int, batch, stop: bool = False):
         """`((errors, stop), errors [B, T], predictions)` of a placed batch."""
         return self._compiled(

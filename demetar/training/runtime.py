@@ -12,19 +12,33 @@ from data_pipelines.errors import UserError
 from data_pipelines.prepared import default_cache_dir
 from demetar.config.stored import real_dtype
 
+# What XLA is told on each kind of device, by a run and by whoever compiles for one elsewhere.
+COMPILER_FLAGS = {
+    "gpu": {
+        # Scatter-adds and autotuned kernels may otherwise differ from run to run.
+        "xla_gpu_deterministic_ops": "true",
+        # Without autotuning, Triton finds no tiles for some products (jax 0.10.2, float32, and
+        # those divided over `model`): cuBLAS makes them all.
+        "xla_gpu_enable_triton_gemm": "false",
+    },
+    "tpu": {},
+    "cpu": {},
+}
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def configure(config: ml_collections.ConfigDict) -> None:
-    """Precision, virtual CPU devices, compilation cache, deterministic GPU kernels."""
+    """Precision, virtual CPU devices, compilation cache, settings of the compiler."""
     jax.config.update("jax_enable_x64", real_dtype(config) == np.float64)
     if config.mesh.cpu_devices:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     _keep_programs(cache_dir(config))
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_gpu_deterministic_ops" not in flags:
-        # Scatter-adds and autotuned kernels may otherwise differ from run to run on a GPU.
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
+    # Whatever the devices: the flags are read once, when JAX looks for them.
+    said = os.environ.get("XLA_FLAGS", "")
+    flags = [
+        f"--{k}={v}" for row in COMPILER_FLAGS.values() for k, v in row.items() if k not in said
+    ]
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [said, *flags]))
     if _backend() == "cpu":
         keep_freed_memory()
         if jax.process_count() > 1:
