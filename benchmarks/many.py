@@ -2,7 +2,7 @@
 
     python benchmarks/many.py --rows=ours           train (or go on with) a group of rows
     python benchmarks/many.py --floor=glad_20       the least error of an equivariant model
-    python benchmarks/many.py --cost                seconds of a training step against particles
+    python benchmarks/many.py --cost                time of forward and backward against particles
     python benchmarks/rollout.py                    ten predictions, each from the last
 
 Groups: ours, near, egnn, rollout; or rows by name, comma-separated. Every row is one run of
@@ -20,8 +20,8 @@ from growth import exponent, median_seconds
 from study import ROOT, Row, Study, measure_floor
 
 from data_pipelines.batch_plan import Bucket
-from data_pipelines.batching import GraphArrays, gather
-from data_pipelines.nbody import POSITION
+from data_pipelines.batching import gather
+from data_pipelines.nbody import POSITION, arrays_of
 from data_pipelines.nbody.draws import draw, stack
 from data_pipelines.nbody.pairs import edges_of
 from data_pipelines.nbody.protocols import PROTOCOLS, general_protocol
@@ -92,20 +92,11 @@ def batch_of(n: int, size: int, neighbors: int):
     )  # fmt: skip
     rng = np.random.RandomState(0)
     start = stack([draw(rng, protocol) for _ in range(size)])
-    offset, edges = edges_of(start.position, None, neighbors)
-    flat = lambda x: x.reshape(size * n, *x.shape[2:])
-    arrays = GraphArrays(
-        index=np.arange(1, size + 1, dtype=np.int32),
-        node_offset=np.arange(size + 1) * n,
-        atomic_number=np.ones(size * n, np.uint8),
-        position=flat(start.position),
-        edge_offset=offset,
-        edges=edges,
-        velocity=flat(start.velocity),
-        charge=flat(start.charge),
-        dtype=np.dtype(np.float32),
+    edges = edges_of(start.position, None, neighbors)
+    arrays = arrays_of(
+        start.position, start.velocity, start.charge, edges, dtype=np.dtype(np.float32)
     )
-    return gather(arrays, np.arange(size), Bucket(n, int(np.diff(offset).max())))
+    return gather(arrays, np.arange(size), Bucket(n, int(np.diff(edges[0]).max())))
 
 
 def seconds_of(n: int, neighbors: int, options: dict, seconds: float = 3.0) -> float:

@@ -121,7 +121,7 @@ def _plots() -> None:
             label = f"{name}: exponent {row['exponent']:.2f}"
             right.plot(COST_SIZES, 1e3 * np.array(row["seconds_a_system"]), "o-", label=label)
     right.set(xscale="log", yscale="log", xlabel="particles", ylabel="ms a system",
-              title="forward and backward, two cores")  # fmt: skip
+              title="forward and backward of a batch")  # fmt: skip
     right.set_xticks(COST_SIZES, COST_SIZES)
     right.legend(fontsize=8)
     figure.savefig(PAGE.with_suffix(".png"), dpi=120)

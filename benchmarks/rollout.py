@@ -6,7 +6,6 @@ python benchmarks/rollout.py                    benchmarks/results/many/rollout.
 
 import dataclasses
 import pathlib
-import tempfile
 
 import numpy as np
 from many import STUDY
@@ -29,11 +28,10 @@ def measure_rollout() -> dict:
     The systems are of the test part; what is true is simulated on from the same input.
     """
     workdir = STUDY.runs / "rollout-100"
-    with tempfile.TemporaryDirectory() as folder:
-        package = runs.save(workdir, pathlib.Path(folder) / "model")
+    package, _ = runs.package_of_run(workdir)
     model, config = ParticleModel(package), package.config
     task = get_protocol(config.data.protocol, config.data.general)
-    systems, _ = preparation.load(task)
+    systems, _ = preparation.load(task, target_velocity=True)
     test = preparation.split_of(task)["test"][:100]
     start = Start(*(a[test] for a in (systems.position, systems.velocity, systems.charge)))
     steps = task.horizon_steps[-1]

@@ -6,9 +6,7 @@ A row resumes where it stopped. Pages are written from the JSON alone.
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import platform
 import re
 import subprocess
 import sys
@@ -54,7 +52,7 @@ class Study:
         log = workdir.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         if (workdir / "result.json").exists():
-            self.collect(row, [*command, *devices])
+            self.collect(row)
             return
         print(f"{row.name}: see {log}", flush=True)
         with log.open("a") as stream:
@@ -66,21 +64,23 @@ class Study:
             )
         if done.returncode:
             sys.exit(f"{row.name} ended with {done.returncode}; see {log}")
-        self.collect(row, [*command, *devices])
+        self.collect(row)
 
-    def collect(self, row: Row, command: list[str]) -> None:
+    def collect(self, row: Row) -> None:
         """The JSON of a finished row."""
         workdir = self.runs / row.name
         result = json.loads((workdir / "result.json").read_text())
         lines = read_jsonl(workdir / "metrics.jsonl")
         curve = [(x["step"], x["position_mse"]) for x in lines if x["split"] == "validation"]
         config = result["config"]
+        command = row.command(str(workdir.relative_to(ROOT)))
+        command.append(f"--config.mesh.cpu_devices={config['mesh']['cpu_devices']}")
         content = {
             "row": row.name,
             "title": row.title,
             "group": row.group,
             "command": "python " + " ".join(command),
-            "machine": f"{os.cpu_count()} cores, {platform.machine()}, no accelerator",
+            "machine": f"{result['processor']}, {result['devices']}",
             "parameters": _num_parameters(workdir.with_suffix(".log")),
             "seed": config["seed"],
             "protocol": config["data"]["protocol"],

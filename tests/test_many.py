@@ -17,9 +17,9 @@ from conftest import REPOSITORY
 
 import demetar
 from data_pipelines.batch_plan import Bucket
-from data_pipelines.batching import GraphArrays, gather
+from data_pipelines.batching import gather
 from data_pipelines.errors import UserError
-from data_pipelines.nbody import draws, protocols, simulation
+from data_pipelines.nbody import arrays_of, draws, protocols, simulation
 from data_pipelines.nbody.pairs import edges_of
 from demetar.config.command_line import load_config
 from demetar.inference import package
@@ -27,6 +27,7 @@ from demetar.inference.card import describe
 from demetar.inference.particles import ParticleModel
 from demetar.models import e3, predict
 from demetar.training.experiment import build_experiment
+from demetar.training.trainer import Trainer
 
 OURS = REPOSITORY / "tests" / "golden" / "many"
 FOLDER = pathlib.Path(os.environ.get("DEMETAR_GOLDEN_MANY", OURS))
@@ -116,18 +117,9 @@ def test_gravity_keeps_momentum_and_energy():
 def batch_of(position, velocity, charge, neighbors=0):
     """All systems as one batch, without padded nodes, float64."""
     number, n, _ = position.shape
-    offset, edges = edges_of(position, None, neighbors)
-    arrays = GraphArrays(
-        index=np.arange(1, number + 1, dtype=np.int32),
-        node_offset=np.arange(number + 1) * n,
-        atomic_number=np.ones(number * n, np.uint8),
-        position=position.reshape(-1, 3),
-        edge_offset=offset,
-        edges=edges,
-        velocity=velocity.reshape(-1, 3),
-        charge=charge.ravel(),
-    )
-    return gather(arrays, np.arange(number), Bucket(n, int(np.diff(offset).max())))
+    edges = edges_of(position, None, neighbors)
+    arrays = arrays_of(position, velocity, charge, edges)
+    return gather(arrays, np.arange(number), Bucket(n, int(np.diff(edges[0]).max())))
 
 
 @pytest.mark.parametrize("n", [5, 12])
@@ -176,11 +168,32 @@ def untrained(cache_dir, **changes):
     return ParticleModel(package.Package("mine", params, card)), experiment
 
 
-def test_several_horizons_are_learned_and_predicted_by_one_model(cache_dir):
-    model, experiment = untrained(
-        cache_dir,
-        **{"data.targets": ("position", "velocity"), "data.general.horizon_steps": (10, 20)},
-    )
+HORIZONS = {"data.targets": ("position", "velocity"), "data.general.horizon_steps": (10, 20)}
+
+
+def test_several_horizons_are_learned_by_one_model(cache_dir):
+    """A step changes every weight, also those that read the horizon."""
+    _, experiment = untrained(cache_dir, **HORIZONS, **{"optim.warmup_steps": 0})
+    trainer = Trainer(experiment)
+    state = experiment.create_state()
+    before = jax.device_get(state.params)
+    bucket, graphs = trainer.gather(0)
+    state, sums = trainer.step(state, bucket, trainer.to_devices(graphs))
+    assert np.isfinite(sums.loss) and np.isfinite(sums.grad_norm)
+    changed = jax.tree.map(np.not_equal, before, jax.device_get(state.params))
+    assert all(np.any(x) for x in jax.tree.leaves(changed))
+    of_horizon = changed["round"]["edge_from_invariants"]["kernel"][-1]
+    assert of_horizon.all()
+
+
+def test_several_horizons_need_a_model_that_is_told(cache_dir):
+    changes = {"data.cache_dir": cache_dir, "data.general.horizon_steps": (10, 20)}
+    with pytest.raises(UserError, match=r"several horizons\), which model 'egnn' does not read"):
+        build_experiment(load_config("nbody:egnn,smoke", changes))
+
+
+def test_each_horizon_is_predicted(cache_dir):
+    model, experiment = untrained(cache_dir, **HORIZONS)
     arrays, split = experiment.arrays, experiment.dataset.split
     assert len(arrays.index) == 2 * (64 + 32 + 32)
     np.testing.assert_array_equal(arrays.graph_feature[:4, 0], [0.01, 0.02, 0.01, 0.02])
@@ -204,6 +217,33 @@ def test_several_horizons_are_learned_and_predicted_by_one_model(cache_dir):
     np.testing.assert_array_equal(positions[:, 2], model(**again, horizon=0.01))
     with pytest.raises(ValueError, match=r"horizon is 0.03, but must be above 0 and at most 0.02"):
         model(**given, horizon=0.03)
+
+
+@pytest.mark.usefixtures("float64")
+def test_velocities_turn_with_the_system_and_ride_with_the_observer(cache_dir):
+    model, experiment = untrained(cache_dir, **HORIZONS)
+    network = model.package.network().clone(dtype=np.float64)
+    rng = np.random.default_rng(4)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape) / 3, model.package.params)
+    batch = gather(experiment.arrays, np.array([0, 3, 5]), Bucket(6, 8))  # with padding
+    batch = jax.tree.map(lambda x: np.float64(x) if x.dtype == np.float32 else x, batch)
+    apply = jax.jit(lambda batch: predict(network, params, batch))
+    rotation, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+    boost = np.array([0.3, -0.2, 1.0])
+    moved = batch.replace(
+        position=batch.position @ rotation + 2.0, velocity=batch.velocity @ rotation + boost
+    )
+    found, turned, mask = apply(batch), apply(moved), batch.node_mask[..., None]
+    v = np.where(mask, found["velocity"] @ rotation + boost, 0)
+    np.testing.assert_allclose(turned["velocity"], v, atol=1e-10)
+    time = batch.graph_feature[:, None]
+    x = np.where(mask, found["position"] @ rotation + 2.0 + time * boost, 0)
+    np.testing.assert_allclose(turned["position"], x, atol=1e-10)
+    junk = batch.replace(graph_mask=np.array([True, True, False]))
+    junk = junk.replace(graph_feature=np.where(junk.graph_mask[:, None], time[:, 0], np.nan))
+    filled = apply(junk)
+    assert all(np.isfinite(value).all() for value in jax.tree.leaves(filled))
+    np.testing.assert_allclose(filled["position"][:2], found["position"][:2], atol=1e-12)
 
 
 def test_what_a_model_has_not_learned_is_refused(cache_dir):

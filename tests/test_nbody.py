@@ -146,11 +146,9 @@ def test_edges_go_to_the_nearest():
         assert [tuple(row) for row in found] == [(i, j, 0) for i, j in sorted(expected)]
     for many in (0, 8, 100):
         assert np.diff(pairs.edges_of(x, None, many)[0]).tolist() == [36] * 3
-    spring = np.arange(3 * 36).reshape(3, 36) % 4 == 0
-    near = pairs.edges_of(x, None, 2)[1][: offset[1]]
-    both = pairs.edges_of(x, spring, 2)
-    joined = np.stack(np.triu_indices(9, 1), 1)[spring[0]].tolist()
-    assert both[1][: both[0][1]].tolist() == [row for row in near.tolist() if row[:2] in joined]
+    far = pairs.edges_of((x + 1e4).astype(np.float32), None, 2)
+    near = pairs.edges_of((x + 1e4).astype(np.float32) - np.float32(1e4), None, 2)
+    np.testing.assert_array_equal(far[1], near[1])  # wherever the system is
 
 
 def test_a_killed_simulation_goes_on(cache_dir, tmp_path, monkeypatch):
@@ -174,7 +172,7 @@ def test_a_killed_simulation_goes_on(cache_dir, tmp_path, monkeypatch):
     again, passport_again = preparation.load(protocol, str(tmp_path))
     assert asked == [20, 14] and passport_again == passport
     np.testing.assert_array_equal(again.target, whole.target)
-    assert not list(tmp_path.rglob("*.parts"))
+    assert not list(tmp_path.rglob("*.parts*"))
 
 
 def test_batches_carry_velocities_charges_and_node_targets(cache_dir):
@@ -224,9 +222,11 @@ def test_targets_are_of_the_two(cache_dir, targets):
         ({"num_particles": 1}, r"num_particles \(1\) must be from 2 to 65535"),
         ({"interaction": "spring"}, "Did you mean 'springs'"),
         ({"num_test": 0}, "must be at least 1"),
-        ({"horizon_steps": (0,)}, "must be at least 1"),
+        ({"horizon_steps": (0,)}, "horizon_steps is 0, but must be a whole number from 1"),
+        ({"horizon_steps": (2.5,)}, "horizon_steps is 2.5, but must be a whole number"),
         ({"horizon_steps": (50, 20)}, r"horizon_steps \(50, 20\) must name .* in ascending order"),
         ({"horizon_steps": ()}, "must name at least one"),
+        ({"neighbors": 2, "interaction": "springs"}, "neighbors is 2, but springs pull from afar"),
         ({"neighbors": -1}, r"config.data.neighbors is -1, but must be at least 0"),
     ],
 )

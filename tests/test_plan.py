@@ -318,8 +318,13 @@ PROGRAM = """HloModule jit_step
   %copy.1 = f32[8]{0} copy(%x.2)
   ROOT %both = (f32[8]{0}, f32[8]{0}) tuple(%copy.1, %copy.1)
 }
+%called (x: f32[8]) -> f32[8] {
+  %x.3 = f32[8]{0} parameter(0)
+  ROOT %copy.2 = f32[8]{0} copy(%x.3)
+}
 ENTRY %main (x: f32[8], i: s32[4,1], u: f32[4]) -> f32[8] {
   %x.1 = f32[8]{0} parameter(0)
+  %other = f32[8]{0} call(%x.1), to_apply=%called
   %loop = (f32[8]{0}, f32[8]{0}) while(%x.1), condition=%least, body=%body
   %call = (f32[8]{0}, s8[4]{0}) custom-call(%x.1), custom_call_target="TARGET"
   ROOT %out = f32[8]{0} fusion(%x.1, %i.1, %u.1), kind=kInput, calls=%fused
@@ -332,8 +337,8 @@ def program(more="indices_are_sorted=true", apply="add.1", target="__cublas$lt$m
 
 
 def test_what_a_program_launches():
-    """Loops' bodies once; what is inside a kernel, and what the host does, not at all."""
-    assert dict(kernels.launches(program())) == {"copy": 1, "custom-call": 1, "fusion": 1}
+    """Loops' bodies and called ones once; what is inside a kernel or the host does, not at all."""
+    assert dict(kernels.launches(program())) == {"copy": 2, "custom-call": 1, "fusion": 1}
 
 
 def test_what_may_differ_between_two_runs_of_a_program():
@@ -363,7 +368,7 @@ from demetar.training.trainer import Trainer
 config = load_config(sys.argv[1], {"mesh.cpu_devices": 0, "data.cache_dir": sys.argv[2]})
 _, devices = planned_devices("h100:1x1")
 if sys.argv[3] == "free":
-    del runtime.COMPILER_FLAGS["gpu"]["xla_gpu_deterministic_ops"]
+    del runtime.COMPILER_FLAGS["xla_gpu_deterministic_ops"]
 runtime.configure(config)
 jax.config.update("jax_enable_compilation_cache", False)
 text = Trainer(build_experiment(config, devices)).program(0).as_text()

@@ -15,11 +15,13 @@ DEFAULTS = {
     "targets": ("position",),  # position | velocity, or both
     # egnn | blog (the DEMETAr post's) | fuchs | glad_5, _20, _50, _100 | gravity_100 | general
     "protocol": "egnn",
-    "neighbors": 0,  # edges go from each particle to so many nearest; 0: to all that act on it
+    # Edges go from each particle to so many nearest; 0: to all that act on it. Springs: only 0.
+    "neighbors": 0,
     "general": {  # what protocol "general" simulates
         "num_particles": 20,
         "interaction": "charged",  # charged | springs | gravity
-        # Of the simulator, from the input to the target; several: each system is learned with each.
+        # Of the simulator, from the input to the target. With several, each system gives one
+        # example for each.
         "horizon_steps": (500,),
         "num_train": 2_000,
         "num_validation": 500,
@@ -44,28 +46,23 @@ def load(
     chosen = _chosen(targets)
     check_range("config.data.neighbors", neighbors, NOT_NEGATIVE)
     task = get_protocol(protocol, general)
+    if neighbors and task.interaction == "springs":
+        raise UserError(
+            f"config.data.neighbors is {neighbors}, but springs pull from afar, and are the edges "
+            "themselves: set it to 0."
+        )
     systems, passport = preparation.load(task, cache_dir, VELOCITY in chosen)
-    num_systems, n, _ = systems.position.shape
     # One graph for each target of each system.
     num_targets = len(task.horizons)
-    horizon_G = np.tile(task.horizons, num_systems)
-    each = lambda x: x.repeat(num_targets, axis=0).reshape(-1, *x.shape[2:])
-    labels = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
-    edge_offset, edges = edges_of(
-        systems.position.repeat(num_targets, axis=0),
-        None if systems.spring is None else systems.spring.repeat(num_targets, axis=0),
-        neighbors,
-    )
-    arrays = GraphArrays(
-        index=np.arange(1, num_systems * num_targets + 1, dtype=np.int32),
-        node_offset=np.arange(num_systems * num_targets + 1) * n,
-        atomic_number=np.ones(num_systems * num_targets * n, np.uint8),
-        position=each(systems.position),
-        edge_offset=edge_offset,
-        edges=edges,
-        node_labels={target.name: labels[target.name].reshape(-1, 3) for target in chosen},
-        velocity=each(systems.velocity),
-        charge=each(systems.charge),
+    each = lambda x: None if x is None else x.repeat(num_targets, axis=0)
+    horizon_G = np.tile(task.horizons, len(systems.position))
+    of_nodes = {POSITION.name: systems.target, VELOCITY.name: systems.target_velocity}
+    arrays = arrays_of(
+        each(systems.position),
+        each(systems.velocity),
+        each(systems.charge),
+        edges_of(each(systems.position), each(systems.spring), neighbors),
+        node_labels={target.name: of_nodes[target.name].reshape(-1, 3) for target in chosen},
         graph_feature=horizon_G[:, None] if num_targets > 1 else None,
     )
     split = {
@@ -84,12 +81,43 @@ def load(
         buckets=make_buckets(arrays, buckets),
         passport=passport,
         about={
-            "data": f"nbody {protocol}: {task.about}; {n} particles, {task.interaction}, "
+            "data": f"nbody {protocol}: {task.about}; {task.num_particles} particles, "
+            f"{task.interaction}, "
             f"{steps} steps ahead, content {passport['content_sha256'][:12]}",
             "edges": f"each to its {neighbors} nearest" if neighbors else "all that act",
         },
         model_facts={"horizon": task.horizons[-1]},
         baselines=_baselines(arrays, chosen, horizon_G, split["train"]),
+    )
+
+
+def arrays_of(
+    position_GxNx3: np.ndarray,
+    velocity_GxNx3: np.ndarray,
+    charge_GxN: np.ndarray,
+    edges: tuple[np.ndarray, np.ndarray],
+    **more,
+) -> GraphArrays:
+    """Systems of as many particles each as the arrays that batches are gathered from.
+
+    Args:
+      position_GxNx3: at the input.
+      velocity_GxNx3: at the input.
+      charge_GxN: of each particle.
+      edges: of `edges_of`.
+      **more: other fields of `GraphArrays`.
+    """
+    number, n = charge_GxN.shape
+    return GraphArrays(
+        index=np.arange(1, number + 1, dtype=np.int32),
+        node_offset=np.arange(number + 1) * n,
+        atomic_number=np.ones(number * n, np.uint8),
+        position=position_GxNx3.reshape(-1, 3),
+        edge_offset=edges[0],
+        edges=edges[1],
+        velocity=velocity_GxNx3.reshape(-1, 3),
+        charge=charge_GxN.ravel(),
+        **more,
     )
 
 
@@ -107,7 +135,7 @@ def _baselines(
 ):
     """No motion, free flight, and the best linear map of x and v about the centre of mass.
 
-    The linear map is fitted by least squares over training, for each target.
+    The linear map is fitted by least squares over training, for each target and horizon.
     """
     shape = (len(horizon_G), -1, 3)
 
@@ -122,18 +150,26 @@ def _baselines(
     def time_of(graphs):
         return horizon_G[graphs][:, None, None]
 
+    def linear(graphs, target: Target, x, v):
+        """Of each horizon its own map."""
+        found = np.zeros_like(x)
+        for horizon in np.unique(horizon_G):
+            y_t, x_t, v_t, _ = parts(train[horizon_G[train] == horizon], target)
+            columns = np.stack([x_t.ravel(), v_t.ravel()], axis=1)
+            weights, *_ = np.linalg.lstsq(columns, y_t.ravel(), rcond=None)
+            here = horizon_G[graphs] == horizon
+            found[here] = weights[0] * x[here] + weights[1] * v[here]
+        return found
+
     def errors(graphs: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
         found = {"no_motion": {}, "free_flight": {}, "linear": {}}
         for target in targets:
-            y, x, v, _ = parts(train, target)
-            columns = np.stack([x.ravel(), v.ravel()], axis=1)
-            weights, *_ = np.linalg.lstsq(columns, y.ravel(), rcond=None)
             y, x, v, v_com = parts(graphs, target)
             moves = target is POSITION
             predictions = {
                 "no_motion": x - time_of(graphs) * v_com if moves else -v_com,
                 "free_flight": x + time_of(graphs) * v if moves else v,
-                "linear": weights[0] * x + weights[1] * v,
+                "linear": linear(graphs, target, x, v),
             }
             for name, prediction in predictions.items():
                 found[name][target.name] = prediction - y

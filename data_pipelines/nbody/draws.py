@@ -30,6 +30,11 @@ class Start:
     charge: np.ndarray
     spring: np.ndarray | None = None
 
+    def __getitem__(self, part: slice) -> "Start":
+        """Some of several systems."""
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(Start)}
+        return Start(**{k: None if v is None else v[part] for k, v in columns.items()})
+
 
 def draw_all(protocol: Protocol) -> Start:
     """Initial states of the systems used, drawing also those that are not."""

@@ -16,17 +16,19 @@ def edges_of(
       position_GxNx3: at the input.
       spring_GxP: the pairs that act, in the order of `np.triu_indices(N, 1)`; None: all.
       neighbors: K; a pair is an edge if one is among the K nearest of the other. 0: every pair
-        that acts.
+        that acts. Not together with springs.
     """
     number, n, _ = position_GxNx3.shape
     i_P, j_P = np.triu_indices(n, 1)
-    keep_GxP = np.ones((number, len(i_P)), bool) if spring_GxP is None else spring_GxP
+    row_Px3 = np.stack([i_P, j_P, np.zeros_like(i_P)], axis=1).astype(np.uint16)
     if 0 < neighbors < n - 1:
-        keep_GxP = keep_GxP & _near(position_GxNx3, neighbors)[:, i_P, j_P]
-    system_E, pair_E = np.nonzero(keep_GxP)
-    counts_G = np.bincount(system_E, minlength=number)
-    rows_Ex3 = np.stack([i_P[pair_E], j_P[pair_E], np.zeros_like(pair_E)], 1).astype(np.uint16)
-    return np.concatenate([[0], np.cumsum(counts_G)]), rows_Ex3
+        keep_GxP = _near(position_GxNx3, neighbors)[:, i_P, j_P]
+    elif spring_GxP is not None:
+        keep_GxP = spring_GxP
+    else:
+        return np.arange(number + 1) * len(i_P), np.tile(row_Px3, (number, 1))
+    offset_G = np.concatenate([[0], np.cumsum(keep_GxP.sum(axis=1))])
+    return offset_G, np.concatenate([row_Px3[keep_P] for keep_P in keep_GxP])
 
 
 def _near(position_GxNx3: np.ndarray, neighbors: int) -> np.ndarray:
@@ -35,7 +37,8 @@ def _near(position_GxNx3: np.ndarray, neighbors: int) -> np.ndarray:
     near_GxNxN = np.zeros((number, n, n), bool)
     size = max(1, _AT_ONCE // n**2)
     for start in range(0, number, size):
-        x_gxNx3 = position_GxNx3[start : start + size]
+        x_gxNx3 = position_GxNx3[start : start + size].astype(np.float64)
+        x_gxNx3 = x_gxNx3 - x_gxNx3.mean(axis=1, keepdims=True)  # squares are of distances, then
         square_gxN = np.square(x_gxNx3).sum(axis=-1)
         square_gxNxN = square_gxN[:, :, None] + square_gxN[:, None] - 2 * (x_gxNx3 @ x_gxNx3.mT)
         square_gxNxN[:, np.arange(n), np.arange(n)] = np.inf

@@ -55,9 +55,12 @@ def load(
     text += ":target_velocity" if target_velocity else ""
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "nbody" / key
-    parts = folder.with_name(f"{key}.parts")
+    parts = folder.with_name(f"{key}.parts-of-{_PART}")
     arrays, passport = prepare(
-        folder, lambda building: _build(protocol, building, parts, target_velocity), "200 MB"
+        folder,
+        lambda building: _build(protocol, building, parts, target_velocity),
+        # Parts and the whole: four arrays of three numbers a particle, and what is smaller.
+        f"{1 + sum(protocol.uses) * protocol.num_particles // 4_000} MB",
     )
     shutil.rmtree(parts, ignore_errors=True)
     return SystemArrays(**arrays), passport
@@ -89,8 +92,7 @@ def _build(
         },
         {"desc": "Simulating", "unit": " systems", "total": len(start.charge)},
     )
-    simulated = [np.load(file) for file in files]
-    arrays = {name: np.concatenate([part[name] for part in simulated]) for name in _SIMULATED}
+    arrays = {name: np.concatenate(columns) for name, columns in _read(files).items()}
     arrays["charge"] = start.charge
     observed = ["position", "velocity", "charge", "target"]
     if with_velocity:
@@ -118,18 +120,22 @@ def _build(
     write(folder, arrays, passport)
 
 
-_FIELDS = ("position", "velocity")
 _SIMULATED = ("position", "velocity", "target", "target_velocity")
+
+
+def _read(files: list[pathlib.Path]) -> dict[str, list[np.ndarray]]:
+    """The arrays of all parts, each file closed again: there may be many."""
+    columns = {name: [] for name in _SIMULATED}
+    for file in files:
+        with np.load(file) as part:
+            for name, column in columns.items():
+                column.append(part[name])
+    return columns
 
 
 def _systems(start: Start, protocol: Protocol, done: int):
     """The arrays `_SIMULATED` of one system after the other, from number `done` on."""
-    rest = Start(
-        **{
-            field.name: None if (rows := getattr(start, field.name)) is None else rows[done:]
-            for field in dataclasses.fields(Start)
-        }
-    )
-    for at_input, *at_targets in simulate_in_parts(rest, protocol):
-        targets = (np.stack([getattr(s, name) for s in at_targets], 1) for name in _FIELDS)
-        yield from zip(at_input.position, at_input.velocity, *targets, strict=True)
+    for at_input, *at_targets in simulate_in_parts(start[done:], protocol):
+        target = np.stack([state.position for state in at_targets], axis=1)
+        target_velocity = np.stack([state.velocity for state in at_targets], axis=1)
+        yield from zip(at_input.position, at_input.velocity, target, target_velocity, strict=True)

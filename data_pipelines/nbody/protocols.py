@@ -9,6 +9,7 @@ import json
 
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.json_text import json_text
+from data_pipelines.ranges import COUNT, check_range
 
 DT = 0.001  # of the simulator, its unit of time
 SAMPLE_EVERY = 100  # steps between the frames of the official files
@@ -140,10 +141,11 @@ def general_protocol(
     check_known("config.data.general.interaction", interaction, INTERACTIONS)
     sizes = (num_train, num_validation, num_test)
     horizon_steps = tuple(horizon_steps)
-    if min(*sizes, *horizon_steps) < 1:
+    for steps in horizon_steps:
+        check_range("A number of config.data.general.horizon_steps", steps, COUNT)
+    if min(sizes) < 1:
         raise UserError(
-            f"config.data.general asks for {sizes} systems and {horizon_steps} steps: every "
-            "number must be at least 1."
+            f"config.data.general asks for {sizes} systems: every number must be at least 1."
         )
     if list(horizon_steps) != sorted(set(horizon_steps)) or not horizon_steps:
         raise UserError(

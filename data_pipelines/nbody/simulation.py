@@ -36,14 +36,9 @@ class State:
 
 def simulate(start: Start, protocol: Protocol) -> tuple[State, ...]:
     """Runs all systems: their states at the input and at each target."""
-    parts = list(simulate_in_parts(start, protocol))
-    return tuple(
-        State(*(np.concatenate([getattr(p[k], name) for p in parts]) for name in _FIELDS))
-        for k in range(len(parts[0]))
-    )
-
-
-_FIELDS = tuple(field.name for field in dataclasses.fields(State))
+    steps = zip(*simulate_in_parts(start, protocol), strict=True)
+    join = lambda states, name: np.concatenate([getattr(state, name) for state in states])
+    return tuple(State(join(states, "position"), join(states, "velocity")) for states in steps)
 
 
 def simulate_in_parts(start: Start, protocol: Protocol) -> Iterator[tuple[State, ...]]:
@@ -58,9 +53,7 @@ def simulate_in_parts(start: Start, protocol: Protocol) -> Iterator[tuple[State,
     run = _kick_drift_kick if protocol.interaction == "gravity" else _euler
 
     def states(part: slice) -> tuple[State, ...]:
-        spring = None if start.spring is None else start.spring[part]
-        few = Start(start.position[part], start.velocity[part], start.charge[part], spring)
-        return tuple(run(few, save_at, protocol.box))
+        return tuple(run(start[part], save_at, protocol.box))
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from pool.map(states, parts)

@@ -1,7 +1,5 @@
 """Models of particles as functions of NumPy arrays."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +39,7 @@ class ParticleModel:
         self.horizon: float = package.facts["horizon"]
         self._network = package.network()
         self._neighbors = package.config.data.neighbors
+        self._apply = jax.jit(self._predict_batch)
 
     @property
     def several_horizons(self) -> bool:
@@ -83,7 +82,7 @@ class ParticleModel:
         return {name: np.asarray(value) for name, value in found.items()}
 
     def _time(self, horizon: float | None) -> np.float32:
-        """That to predict for, refused if the model has not learned it."""
+        """The time to predict for, refused if the model has not learned it."""
         if horizon is None:
             return np.float32(self.horizon)
         if not self.several_horizons and not np.isclose(horizon, self.horizon):
@@ -97,8 +96,7 @@ class ParticleModel:
             )
         return np.float32(horizon)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _apply(self, position, velocity, charge, edges, edge_mask, time) -> dict:
+    def _predict_batch(self, position, velocity, charge, edges, edge_mask, time) -> dict:
         number, n = position.shape[:2]
         (element,) = self.package.elements
         batch = Graph(
@@ -122,7 +120,7 @@ def _edges(position_BxNx3: np.ndarray, neighbors: int) -> dict[str, np.ndarray]:
     """Edges of each system, as many places for all as bound what they can have."""
     number, n, _ = position_BxNx3.shape
     offset, rows = edges_of(position_BxNx3, None, neighbors)
-    most = n * min(neighbors, n - 1) if neighbors else n * (n - 1) // 2
+    most = min(n * (neighbors or n), n * (n - 1) // 2)
     mask_BxE = np.arange(most) < np.diff(offset)[:, None]
     edges_BxEx3 = np.zeros((number, most, 3), np.int32)
     edges_BxEx3[mask_BxE] = rows
@@ -134,8 +132,9 @@ def _why_not(model: Package) -> str:
     readouts = {target.readout for target in model.targets}
     if not {"position"} <= readouts <= {"position", "velocity"}:
         return f"its targets are read out as {', '.join(sorted(readouts))}, not as positions"
-    if model.card["inputs"][:2] != ["velocity", "charge"] or len(model.elements) > 1:
-        return "its nodes are no particles with a velocity and a charge"
+    of_particles = set(model.card["inputs"]) - {"graph_feature"} == {"velocity", "charge"}
+    if not of_particles or model.card["passport"].get("dataset") != "nbody":
+        return "its nodes are no particles of the data set nbody, with a velocity and a charge"
     if model.card["passport"]["protocol"]["interaction"] == "springs":
         return "its particles act on each other along springs that are not known here"
     return ""

@@ -33,6 +33,8 @@ class GraphModel(nn.Module):
     # Options of which 0 means none; other whole numbers are at least 1, others above 0.
     MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset()
     symmetries: ClassVar[frozenset[str]] = SYMMETRIES
+    # Which of `node_feature` and `graph_feature` it reads, where the data have them.
+    READS: ClassVar[frozenset[str]] = frozenset()
     # Path of a parameter -> how its dimensions are divided over the mesh axes `fsdp` and `model`;
     # the first that matches. The first matrix of a pair is divided by its columns, the second by
     # its rows (Shoeybi et al. 2019, Megatron-LM), so a block needs one sum after each pair.

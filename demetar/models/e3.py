@@ -61,6 +61,7 @@ class DemetarE3(GraphModel):
 
     READOUTS: ClassVar = ("position", "velocity")
     MAY_BE_ZERO: ClassVar = frozenset({"field_kernels"})
+    READS: ClassVar = frozenset({"graph_feature"})  # the horizon, of data with several
 
     horizon: float
     width: int = 32
@@ -100,10 +101,11 @@ class DemetarE3(GraphModel):
             self.field_steps,
             name="round",
         )
-        # Data with one horizon say it once.
-        told = graph.graph_feature is not None
-        horizon = graph.graph_feature[0] if told else jnp.asarray(self.horizon, x_Nx3.dtype)
-        relative = horizon / self.horizon if told else None
+        # With several horizons each graph has its own; with one, `self.horizon` is it.
+        horizon, relative = jnp.asarray(self.horizon, x_Nx3.dtype), None
+        if graph.graph_feature is not None:
+            horizon = jnp.where(graph.graph_mask, graph.graph_feature[0], horizon)
+            relative = horizon / self.horizon
         start = (x_Nx3, v_Nx3, node_NxD, edge_ExD)
         time = horizon / self.rounds
         (x_Nx3, v_Nx3, *_), _ = rounds(start, graph, incident_links(graph), time, relative)
@@ -129,7 +131,13 @@ class _Round(nn.Module):
 
     @nn.compact
     def __call__(self, carry, graph: Graph, links: Links, time: Array, relative: Array | None):
-        """Args: see above; `time` that passes; the horizon over the longest, if there are some."""
+        """Args:
+        carry: positions and velocities [N, 3], node tokens [N, D], edge tokens [E, D].
+        graph: without padding values.
+        links: of nodes to their edges.
+        time: that passes in this round, in the data's unit.
+        relative: the graph's horizon over the longest; None if the data have one horizon.
+        """
         x_Nx3, v_Nx3, node_NxD, edge_ExD = carry
         width, dtype = node_NxD.shape[-1], node_NxD.dtype
         hidden = self.mlp_ratio * width
@@ -240,7 +248,8 @@ class _Field(nn.Module):
                 for k in range(self.num_kernels)
             )
             pair_nxN = jnp.where(number_n[:, None] == jnp.arange(len(x_Nx3)), 0, pair_nxN)
-            sum_nx4 = pair_nxN @ columns_Nx4
+            # The difference of two large sums: not in a short type of an accelerator.
+            sum_nx4 = jnp.matmul(pair_nxN, columns_Nx4, precision=jax.lax.Precision.HIGHEST)
             return charge_n[:, None] * (sum_nx4[:, 3:] * x_nx3 - sum_nx4[:, :3])
 
         rows = (x_Nx3, charge_N, jnp.arange(len(x_Nx3)))

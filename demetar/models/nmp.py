@@ -54,6 +54,7 @@ class Nmp(GraphModel):
     """
 
     READOUTS: ClassVar = ("cls",)
+    READS: ClassVar = frozenset({"node_feature"})
     CHOICES: ClassVar = {"form": ("authors", "pyg")}
     MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "output_layers"})
 

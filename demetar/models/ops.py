@@ -5,6 +5,8 @@ there because XLA's CPU backend is slow on the plain one. `benchmarks/changes.py
 buys. Both hold on any backend.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -19,25 +21,34 @@ def plain_matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
     return x_NxD @ kernel_DxF
 
 
-@jax.custom_batching.custom_vmap
-def matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
+def _matmul(precision: jax.lax.Precision | None):
     """`plain_matmul`, whose batch is one product over all rows.
 
     vmap of a matrix product keeps [B, N, D], and the gradient of that runs at half the speed on a
     CPU. It asks for `grad(vmap(...))`: a custom rule of batching cannot be differentiated
     outside of one.
     """
-    return plain_matmul(x_NxD, kernel_DxF)
+    product = functools.partial(jnp.matmul, precision=precision)
+
+    @jax.custom_batching.custom_vmap
+    def matmul(x_NxD: Array, kernel_DxF: Array) -> Array:
+        return product(x_NxD, kernel_DxF)
+
+    @matmul.def_vmap
+    def of_batch(axis_size, in_batched, x_BxNxD, kernel_DxF):
+        x_batched, kernel_batched = in_batched
+        if x_batched and not kernel_batched:
+            flat = product(x_BxNxD.reshape(-1, x_BxNxD.shape[-1]), kernel_DxF)
+            return flat.reshape(*x_BxNxD.shape[:-1], kernel_DxF.shape[-1]), True
+        axes = tuple(0 if batched else None for batched in in_batched)
+        return jax.vmap(product, axes, axis_size=axis_size)(x_BxNxD, kernel_DxF), True
+
+    return matmul
 
 
-@matmul.def_vmap
-def _matmul_of_batch(axis_size, in_batched, x_BxNxD, kernel_DxF):
-    x_batched, kernel_batched = in_batched
-    if x_batched and not kernel_batched:
-        flat = x_BxNxD.reshape(-1, x_BxNxD.shape[-1]) @ kernel_DxF
-        return flat.reshape(*x_BxNxD.shape[:-1], kernel_DxF.shape[-1]), True
-    axes = tuple(0 if batched else None for batched in in_batched)
-    return jax.vmap(jnp.matmul, axes, axis_size=axis_size)(x_BxNxD, kernel_DxF), True
+matmul = _matmul(None)
+# Accelerators make products of float32 in a shorter type, unless they are told.
+_exact_matmul = _matmul(jax.lax.Precision.HIGHEST)
 
 
 # --- moving rows ---------------------------------------------------------------------------------
@@ -50,22 +61,21 @@ def plain_select_rows(index_N: Array, x_MxD: Array) -> Array:
 
 @jax.jit
 def select_rows(selector_NxM: Array, x_MxD: Array) -> Array:
-    """`plain_select_rows` (or a sum of a few rows), as a product with ones and zeros.
+    """`plain_select_rows`, as a product with ones and zeros.
 
-    The gradient of a gather is a scatter-add, which runs on one thread of a CPU. A row of
-    `selector` holds a few ones or minus ones.
+    For few rows to choose from: then it takes no longer, and its gradient is no scatter-add.
     """
-    return matmul(selector_NxM, x_MxD)
+    return _exact_matmul(selector_NxM, x_MxD)
 
 
 @jax.jit
 def select_columns(x_NxM: Array, selector_MxF: Array) -> Array:
     """Columns of `x`, or sums of a few, `[N, F]`: a product with ones and zeros."""
-    return matmul(x_NxM, jnp.asarray(selector_MxF, x_NxM.dtype))
+    return _exact_matmul(x_NxM, jnp.asarray(selector_MxF, x_NxM.dtype))
 
 
-# The names that the traced functions carry: `speed.flops` counts no operations in them, because
-# what they stand for has none.
+# The names that the traced functions carry: `speed.flops` counts no operations in them. What they
+# stand for has none or, for sums of columns, one for each number that is read.
 SELECTS = (select_rows.__name__, select_columns.__name__)
 
 

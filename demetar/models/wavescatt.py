@@ -38,6 +38,7 @@ class WaveScatt(GraphModel):
     READOUTS: ClassVar = ("cls", "sum", "mean")
     CHOICES: ClassVar = {"order": (1, 2, 3)}
     symmetries: ClassVar = frozenset({"translation", "permutation"})
+    READS: ClassVar = frozenset({"graph_feature"})
 
     order: int = 3
     rank: int = 64

@@ -21,7 +21,13 @@ _DETERMINISTIC_CALLS = ("__cublas$gemm", "__cublas$lt$matmul", "__cub$DeviceRadi
 def launches(text: str) -> collections.Counter:
     """How many instructions of each kind the host starts, those of a loop's body once."""
     computations = _computations(text)
-    parts = {name for lines in computations.values() for x in lines for name in _CALLED.findall(x)}
+    parts = {
+        name
+        for lines in computations.values()
+        for line in lines
+        if _operation(line) != "call"  # whose computation the host goes through
+        for name in _CALLED.findall(line)
+    }
     return collections.Counter(
         operation
         for name, lines in computations.items()

@@ -11,6 +11,7 @@ import optax
 from data_pipelines import batching
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.dataset import Dataset
+from data_pipelines.errors import UserError
 from data_pipelines.registry import load_dataset
 from demetar.config import stored
 from demetar.models import create_model, predict
@@ -129,6 +130,13 @@ def build_experiment(config: ml_collections.ConfigDict, devices=None) -> Experim
         facts={"elements": dataset.elements, **dataset.model_facts},
         **config.model,
     )
+    for feature in ("node_feature", "graph_feature"):
+        if getattr(arrays, feature) is not None and feature not in model.READS:
+            raise UserError(
+                f"These data have a {feature} (features of atoms, scattering, or several horizons)"
+                f", which model {config.model.name!r} does not read: choose data without it, or "
+                "another model."
+            )
     schedule, tx = make_optimizer(config.optim, train.num_steps, mesh)
     experiment = Experiment(
         config=config,

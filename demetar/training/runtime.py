@@ -12,17 +12,13 @@ from data_pipelines.errors import UserError
 from data_pipelines.prepared import default_cache_dir
 from demetar.config.stored import real_dtype
 
-# What XLA is told on each kind of device, by a run and by whoever compiles for one elsewhere.
+# What XLA is told, by a run and by whoever compiles for a machine elsewhere; TPUs need nothing.
 COMPILER_FLAGS = {
-    "gpu": {
-        # Scatter-adds and autotuned kernels may otherwise differ from run to run.
-        "xla_gpu_deterministic_ops": "true",
-        # Without autotuning, Triton finds no tiles for some products (jax 0.10.2, float32, and
-        # those divided over `model`): cuBLAS makes them all.
-        "xla_gpu_enable_triton_gemm": "false",
-    },
-    "tpu": {},
-    "cpu": {},
+    # Scatter-adds and autotuned kernels may otherwise differ from run to run.
+    "xla_gpu_deterministic_ops": "true",
+    # Without autotuning, Triton finds no tiles for some products (jax 0.10.2, float32, and
+    # those divided over `model`): cuBLAS makes them all.
+    "xla_gpu_enable_triton_gemm": "false",
 }
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
@@ -35,9 +31,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
     _keep_programs(cache_dir(config))
     # Whatever the devices: the flags are read once, when JAX looks for them.
     said = os.environ.get("XLA_FLAGS", "")
-    flags = [
-        f"--{k}={v}" for row in COMPILER_FLAGS.values() for k, v in row.items() if k not in said
-    ]
+    flags = [f"--{key}={value}" for key, value in COMPILER_FLAGS.items() if key not in said]
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [said, *flags]))
     if _backend() == "cpu":
         keep_freed_memory()
