@@ -80,6 +80,7 @@ def compile_cell(cell: Cell) -> dict:
     from demetar.training import runtime
     from demetar.training.evaluator import Evaluator
     from demetar.training.experiment import build_experiment
+    from demetar.training.provenance import git_commit
     from demetar.training.trainer import Trainer
 
     config = load_config(cell.config, {"mesh.cpu_devices": 0, "model.dtype": cell.dtype})
@@ -105,7 +106,7 @@ def compile_cell(cell: Cell) -> dict:
             except jax.errors.JaxRuntimeError as error:
                 row["failed"] = str(error).splitlines()[0][:300]
             rows.append(row)
-    return {"jax": jax.__version__, "programs": rows}
+    return {"jax": jax.__version__, "git_commit": git_commit(), "programs": rows}
 
 
 def read_results() -> dict[str, dict]:
@@ -165,7 +166,18 @@ def write_page() -> None:
             ]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     words = (ROOT / "benchmarks" / "gate_page.md").read_text()
-    PAGE.write_text(words.replace("{{cells}}", "\n".join(lines)).replace("{{differ}}", str(differ)))
+    compiled = {version: len(cells) for version, cells in results.items()}
+    facts = {
+        "cells": "\n".join(lines),
+        "differ": str(differ),
+        "compiled": ", ".join(f"{n} of {len(CELLS)} with jax {v}" for v, n in compiled.items()),
+        "commits": ", ".join(
+            sorted({cell["git_commit"] for cells in results.values() for cell in cells.values()})
+        ),
+    }
+    for key, value in facts.items():
+        words = words.replace("{{" + key + "}}", value)
+    PAGE.write_text(words)
 
 
 def main() -> None:

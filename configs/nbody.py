@@ -61,7 +61,7 @@ _MODELS = {
 _PUBLISHED = ("tfn", "se3_transformer")  # with the training of Fuchs et al. 2020
 # Systems of a batch, fewer where each has more particles; steps; neighbors of each particle.
 _MANY = {
-    "glad_5": (50, 32_000, 0),
+    "glad_5": (50, 16_000, 0),
     "glad_20": (20, 16_000, 8),
     "glad_50": (10, 32_000, 8),
     "glad_100": (10, 32_000, 8),
