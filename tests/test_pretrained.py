@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 
 import demetar
 from data_pipelines.errors import UserError
@@ -15,7 +16,8 @@ from data_pipelines.qm9.sources import read_raw
 from data_pipelines.registry import DATASETS, load_dataset
 from demetar.inference import package
 
-NAMES = [name for name in demetar.pretrained_names() if name.startswith("nbody-")]
+NAMES = [name for name in demetar.pretrained_names() if name.startswith("nbody-egnn-")]
+MANY = {"nbody-glad_20-e3-seed0"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ MOLECULES = {"qm9-homo", "qm9-homo-mmff", "qm9-energies", "qm9-mu"}
 
 def test_what_ships():
     assert {f"nbody-egnn-e3-seed{seed}" for seed in (0, 1, 2)} == set(NAMES)
-    assert MOLECULES == set(demetar.pretrained_names()) - set(NAMES)
+    assert MOLECULES | MANY == set(demetar.pretrained_names()) - set(NAMES)
 
 
 @pytest.mark.filterwarnings("ignore:.*trained on the geometry")
@@ -92,6 +94,21 @@ def test_predictions_are_near_and_equivariant(name, few_systems):
     assert np.isfinite(other_sizes).all()
 
 
+@pytest.mark.parametrize("name", sorted(MANY))
+def test_models_of_many_particles_are_near_on_official_systems(name):
+    """Nine systems of the official generator, from frame 30 to 40; a few pairs meet."""
+    card = package.read(name).card
+    protocol = card["passport"]["protocol"]
+    golden = np.load(REPOSITORY / f"tests/golden/many/glad_charged_{protocol['num_particles']}.npz")
+    of_all = lambda key: np.concatenate([golden[f"{p}_{key}"] for p in ("train", "valid", "test")])
+    x = of_all("x_f30")
+    moved = demetar.load_pretrained(name)(
+        position=x, velocity=of_all("v_f30"), charge=of_all("charge").reshape(x.shape[:2])
+    )
+    error = np.square(moved - of_all("x_f40")).mean(axis=(1, 2))
+    assert np.median(error) < 2 * card["result"]["targets"]["position"]["mse"] < 0.01
+
+
 def test_wrong_shapes_and_names_are_explained(few_systems):
     position, velocity, charge, _ = few_systems
     predict = demetar.load_pretrained(NAMES[0])
@@ -110,6 +127,7 @@ WEIGHTS_SHA256 = {
     "nbody-egnn-e3-seed0": "3cfbb4c825d05d1d322323df8eb25f96b20dbf5cbadc394b42a19f407c8033df",
     "nbody-egnn-e3-seed1": "edf72b25aefec2b920f96f3375716a29eed47aa12af2bc8668c33c7309a9b670",
     "nbody-egnn-e3-seed2": "6a882c3504398e91a378c21679b64552b2b79337fc1462b50c986f83aa0d2de9",
+    "nbody-glad_20-e3-seed0": "fb83f313008a33fb8cee2225b44c374a88ad271b4c2d5cbd73ed695071afcb70",
     "qm9-energies": "f0190b832849d5adf0bad5b8a8e4da84a86d3d742bd467fcc6163064c310fad7",
     "qm9-homo": "54971b7564e8b98703981280fe1f421a6896c1150e26cf470703339758bc0ec0",
     "qm9-homo-mmff": "1b63c8395d551114b2f46a142c66f4991a567e3a5ea69c9dadbdc73bda6c35cb",
