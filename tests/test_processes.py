@@ -167,7 +167,7 @@ def test_a_lost_process_is_named_and_ends_the_others(start, tmp_path, victim, na
 
 
 @pytest.mark.parametrize(
-    "count, lost, stuck, seconds", [(1, 1, 1, 5), pytest.param(2, 5, 8, 8, marks=pytest.mark.slow)]
+    "count, lost, stuck, seconds", [(1, 2, 2, 6), pytest.param(2, 5, 8, 8, marks=pytest.mark.slow)]
 )
 def test_a_job_that_is_stopped_as_a_whole_goes_on(start, tmp_path, count, lost, stuck, seconds):
     """Ctrl-Z and `fg`, or a machine that sleeps: for longer than anyone may be silent."""
