@@ -1,7 +1,9 @@
 """Ten predictions of a hundred charges, each from the last: errors, energy, momentum, a picture.
 
-python benchmarks/many.py --rows=rollout        trains the model
-python benchmarks/rollout.py                    benchmarks/results/many/rollout.json, a picture
+    python benchmarks/many.py --rows=rollout        trains the model
+    python benchmarks/rollout.py                    benchmarks/results/many/rollout.json, a picture
+
+What is true is simulated on from the same input.
 """
 
 import dataclasses

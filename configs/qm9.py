@@ -95,7 +95,7 @@ _SYSTEMS = {
         "train": {"num_steps": 667_000},  # 500 epochs
     },
     # Eickenberg et al. 2018 solve a regression (benchmarks/scattering.py); this is a head that is
-    # trained, on the same coefficients, with settings of ours: unclipped, or at 3e-3, it diverges.
+    # trained, on the same coefficients, with settings of ours: unclipped and at 3e-3 it diverged.
     "wavescatt": {
         "data": {"split": "dimenet", "edges": "bonds", "graph_features": "scattering"},
         "model": {},

@@ -55,8 +55,8 @@ class DemetarE3(GraphModel):
       num_invariants: learned dot products of a pair's relative position and velocity.
       field_kernels: of the pass over all pairs; 0: there is none.
       field_steps: how often a round makes that pass, and how many steps of time it has.
-      remat: rounds are computed again in the backward pass instead of being kept; on a CPU what
-        they keep does not fit the caches, and twice the work takes less time.
+      remat: rounds are computed again in the backward pass instead of being kept; on a CPU that is
+        faster, for what they keep does not fit the caches.
       dtype: of tokens; vectors are float32 or wider.
     """
 
