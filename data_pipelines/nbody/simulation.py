@@ -69,23 +69,29 @@ def _euler(start: Start, save_at: list[int], box: float) -> list[State]:
     """
     n = start.charge.shape[1]
     i, j = np.triu_indices(n, 1)
-    pair_NxN = np.zeros((n, n), np.int64)  # which pair (i, j) is; on the diagonal any
+    # Which pair (i, j) is. On the diagonal any: the vector from a particle to itself is zero.
+    pair_NxN = np.zeros((n, n), np.int64)
     pair_NxN[i, j] = pair_NxN[j, i] = np.arange(len(i))
-    sign_NxN = np.sign(np.arange(n)[None] - np.arange(n)[:, None]).astype(float)
+    upper_P = n * i + j  # (i, j) in a matrix whose rows are joined
     x, v = (a.transpose(0, 2, 1).copy("C") for a in (start.position, start.velocity))  # [g, 3, N]
     charge_gxP = start.charge[:, i] * start.charge[:, j]
+    # Kept: to get as much memory anew in each step takes longer than to compute.
+    force_gx3xNxN = np.empty((*x.shape, n))
+
+    def strength():
+        """Of each pair's force along its vector, [g, P]."""
+        if start.spring is not None:
+            return -_SPRING_STRENGTH * start.spring
+        square = x * x
+        square_gxN = (square[:, 0] + square[:, 1]) + square[:, 2]
+        dot_gxNN = np.matmul(x.transpose(0, 2, 1), x).reshape(len(x), n * n)
+        sum_gxP = square_gxN.take(i, axis=-1) + square_gxN.take(j, axis=-1)
+        distance2_gxP = sum_gxP - 2 * dot_gxNN.take(upper_P, axis=-1)
+        return charge_gxP / np.power(distance2_gxP, 3.0 / 2.0)
 
     def acceleration():
-        if start.spring is not None:
-            strength_gxP = -_SPRING_STRENGTH * start.spring
-        else:
-            square = x * x
-            square_gxN = (square[:, 0] + square[:, 1]) + square[:, 2]
-            dot_gxNxN = np.matmul(x.transpose(0, 2, 1), x)
-            distance2_gxP = (square_gxN[:, i] + square_gxN[:, j]) - 2 * dot_gxNxN[:, i, j]
-            strength_gxP = charge_gxP / np.power(distance2_gxP, 3.0 / 2.0)
-        force_gx3xP = strength_gxP[:, None] * (x[:, :, i] - x[:, :, j])
-        force_gx3xNxN = force_gx3xP.take(pair_NxN, axis=-1) * sign_NxN
+        np.subtract(x[..., None], x[..., None, :], out=force_gx3xNxN)
+        np.multiply(force_gx3xNxN, strength().take(pair_NxN, axis=-1)[:, None], out=force_gx3xNxN)
         return np.clip(force_gx3xNxN.sum(axis=-1), -_MAX_FORCE, _MAX_FORCE)
 
     saved = []
