@@ -64,7 +64,7 @@ def compiled_training(name, schedule):
     def step(carry, _):
         params, state = carry
         value, grad = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(grad, state, params)
+        updates, state = tx.update(grad, state, params, grad_norm=optax.tree.norm(grad))
         return (optax.apply_updates(params, updates), state), value
 
     def train(params):
@@ -108,9 +108,11 @@ def test_adamw_is_the_plain_chain_bit_by_bit():
     results = []
     for chain in (tx, plain):
         params = make_params()
+        chain = optax.with_extra_args_support(chain)
         state, update = chain.init(params), jax.jit(chain.update)
         for seed in range(8):
-            updates, state = update(make_params(seed + 1), state, params)
+            grad = make_params(seed + 1)
+            updates, state = update(grad, state, params, grad_norm=optax.tree.norm(grad))
             params = optax.apply_updates(params, updates)
         results.append((params, state))
     paths = [[path for path, _ in jax.tree_util.tree_leaves_with_path(x)] for x in results]
@@ -127,7 +129,7 @@ def one_step(name, grad=None, **changes):
     params = make_params()
     grad = jax.tree.map(jnp.zeros_like, params) if grad is None else grad
     _, tx = make_optimizer(group(name, "constant", warmup_steps=0, **changes), num_steps=10)
-    updates, state = tx.update(grad, tx.init(params), params)
+    updates, state = tx.update(grad, tx.init(params), params, grad_norm=optax.tree.norm(grad))
     return by_path(updates), by_path(params), by_path(state)
 
 
@@ -211,7 +213,8 @@ def test_muon_is_the_same_where_its_matrices_and_its_work_are_divided(shape):
         tree["more"] = {"kernel": wide[:, :16], "out": {"kernel": other.T}}
         tree["last"] = {"kernel": (wide - other).T}
     _, tx = make_optimizer(optim, num_steps=10)
-    whole, _ = jax.jit(tx.update)(grad, tx.init(params), params)
+    norm = optax.tree.norm(grad)
+    whole, _ = jax.jit(tx.update)(grad, tx.init(params), params, grad_norm=norm)
     _, tx = make_optimizer(optim, 10, mesh)
 
     def divide(path, x):
@@ -219,7 +222,8 @@ def test_muon_is_the_same_where_its_matrices_and_its_work_are_divided(shape):
         return jax.device_put(x, NamedSharding(mesh, P("fsdp", "model") if kernel else P()))
 
     inputs = (grad, tx.init(params), params)
-    divided, _ = jax.jit(tx.update)(*jax.tree_util.tree_map_with_path(divide, inputs))
+    inputs = jax.tree_util.tree_map_with_path(divide, inputs)
+    divided, _ = jax.jit(tx.update)(*inputs, grad_norm=norm)
     for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(divided), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-8)
 

@@ -13,7 +13,7 @@ from data_pipelines import batching
 from data_pipelines.batch_plan import FILL
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
-from demetar.training import sharding
+from demetar.training import gradients, sharding
 from demetar.training.experiment import build_experiment
 from demetar.training.step import CompiledPerBucket
 from demetar.training.trainer import Trainer
@@ -78,6 +78,7 @@ QUICK = {"optim__name": "muon", "model__directions": 4, "model__edge_angles": Tr
 )
 def test_float64_on_any_mesh(cache_dir, float64, mesh, steps, changes):
     one, state_1 = run(make_trainer(cache_dir, dtype="float64", **changes), steps)
+    changes = changes | {"mesh__gradient_groups": 3}
     many, state_n = run(make_trainer(cache_dir, mesh, "float64", **changes), steps)
     np.testing.assert_allclose(many, one, rtol=1e-10)
     norms = [float(optax.tree.norm(s.params)) for s in (state_1, state_n)]
@@ -146,6 +147,22 @@ def test_fsdp_gathers_parameters_and_scatters_gradients(cache_dir):
     repeated = sum(x.size for x, spec in leaves if "fsdp" not in spec)
     reduced = sum(size for name, size in found if name == "all-reduce")
     assert reduced < repeated + 64
+
+
+def test_gradients_are_grouped_in_the_order_in_which_the_backward_pass_ends(cache_dir):
+    trainer = make_trainer(cache_dir)
+    experiment, arguments = trainer.experiment, trainer.abstract_arguments(0)
+    gradient = gradients.make_gradient(experiment.model, experiment.objective, accumulation=1)
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
+    params = arguments[0].params
+    ready = gradients.order_of_backward(gradient, params, arguments[1], keys_B)
+    ready = jax.tree.unflatten(jax.tree.structure(params), ready)
+    of = lambda name: jax.tree.leaves(ready[name])
+    assert max(of("head_cls")) < min(of("joint_0")) < min(of("atom"))
+    sizes, ready = [9, 1, 5, 5], [40, 30, 20, 10]
+    assert gradients._groups_of(sizes, ready, 1) == [[3, 2, 1, 0]]
+    assert gradients._groups_of(sizes, ready, 2) == [[3, 2], [1, 0]]
+    assert gradients._groups_of(sizes, ready, 9) == [[3], [2], [1], [0]]
 
 
 def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(cache_dir, float64):

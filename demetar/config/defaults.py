@@ -76,6 +76,7 @@ DEFAULTS = {
         "data": -1,  # copies of the state, each with other graphs; -1: all devices that are left
         "fsdp": 1,  # parts of the state, each with other graphs
         "model": 1,  # parts of each layer, all with the same graphs
+        "gradient_groups": 0,  # all-reduces of a step; 0: as suits the platform
         "cpu_devices": 0,  # virtual CPU devices of each process; 0: one
     },
 }
@@ -94,7 +95,7 @@ RANGES = {
     "checkpoint.stop_at": NOT_NEGATIVE,
     "log.every_steps": COUNT,
     **{f"cluster.{key}": COUNT for key in DEFAULTS["cluster"]},
-    "mesh.cpu_devices": NOT_NEGATIVE,
+    **dict.fromkeys(("mesh.cpu_devices", "mesh.gradient_groups"), NOT_NEGATIVE),
 }
 
 # Groups whose keys are names of targets, with a value of the right type.

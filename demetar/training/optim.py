@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -248,8 +249,10 @@ _RANGES = {
 
 def make_optimizer(
     optim: Mapping[str, Any], num_steps: int, mesh: Mesh | None = None
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
+) -> tuple[optax.Schedule, optax.GradientTransformationExtraArgs]:
     """The learning rate of each step, and the whole chain: clipping by global norm, optimizer.
+
+    `update` of the chain takes the norm of the gradient as `grad_norm`.
 
     Args:
       optim: the completed group `config.optim`.
@@ -271,8 +274,19 @@ def make_optimizer(
     optimizer = OPTIMIZERS[name].make(schedule, **divided, **own(OPTIMIZERS[name]))
     clip_norm = options["clip_norm"]
     # `identity` keeps the optimizer's place in the chain: the form of its state is the same.
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
+    clip = _clip_by_given_norm(clip_norm) if clip_norm else optax.identity()
     return schedule, optax.chain(clip, optimizer)
+
+
+def _clip_by_given_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, told the norm as `grad_norm`."""
+
+    def update(updates, state, params=None, *, grad_norm, **more):
+        del params, more
+        clip = lambda x: jnp.where(grad_norm < max_norm, x, x / grad_norm * max_norm)
+        return jax.tree.map(lambda x: clip(x).astype(x.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
 def _check_ranges(options: dict[str, Any], num_steps: int) -> None:

@@ -19,6 +19,8 @@ COMPILER_FLAGS = {
     # Without autotuning, Triton finds no tiles for some products (jax 0.10.2, float32, and
     # those divided over `model`): cuBLAS makes them all.
     "xla_gpu_enable_triton_gemm": "false",
+    # The groups of `gradients.sum_gradients` stay apart, so that they run beside the backward pass.
+    "xla_gpu_all_reduce_combine_threshold_bytes": str(2**20),
 }
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 

@@ -16,7 +16,6 @@ import math
 import re
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -185,35 +184,6 @@ def gather_params(params, specs):
         return jax.lax.all_gather(x, "fsdp", axis=spec.index("fsdp"), tiled=True)
 
     return jax.tree.map(whole, params, specs)
-
-
-def sum_gradients(gradients, sums, specs):
-    """Inside `shard_map`: sums over all graphs of the batch, gradients in the parts of `specs`.
-
-    One all-reduce of one array for all that is repeated: one for each leaf, even as a single
-    combined operation, takes 2 ms a leaf between two processes on a CPU. What is divided over
-    `fsdp` is reduced and scattered.
-    """
-    leaves, treedef = jax.tree.flatten(gradients)
-    leaf_specs = treedef.flatten_up_to(specs)
-    # The compiler's own division over `model` must not be undone by joining arrays.
-    is_joined = ["fsdp" not in spec and "model" not in spec for spec in leaf_specs]
-    joined, split = jax.flatten_util.ravel_pytree(
-        ([x for x, join in zip(leaves, is_joined, strict=True) if join], sums)
-    )
-    joined, sums = split(sum_over(joined, BATCH_AXES))
-    joined = iter(joined)
-    total = []
-    for x, spec, join in zip(leaves, leaf_specs, is_joined, strict=True):
-        if join:
-            total.append(next(joined))
-        elif "fsdp" in spec:
-            axis = spec.index("fsdp")
-            x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)
-            total.append(sum_over(x, ("data",)))
-        else:
-            total.append(sum_over(x, BATCH_AXES))
-    return treedef.unflatten(total), sums
 
 
 def check_graphs(graphs: int, items: str, mesh: Mesh) -> None:

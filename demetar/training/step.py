@@ -5,7 +5,7 @@ loss, divided afterwards by the nominal batch size, so that padding weighs nothi
 of three leftover graphs is not a full step, and one all-reduce does for all that is repeated.
 
 Each device computes its own graphs under `jax.shard_map`, so the collectives over `data` and
-`fsdp` are those written in `demetar.training.sharding` and no others; only the axis `model`, if
+`fsdp` are those written in `demetar.training.gradients` and no others; only the axis `model`, if
 any, is left to the compiler. The optimizer works on whatever part of the state a device holds.
 """
 
@@ -25,6 +25,7 @@ from demetar.job.watch import UNWATCHED, Unwatched, Watch
 from demetar.models import predict
 from demetar.models.base import GraphModel
 from demetar.training import sharding
+from demetar.training.gradients import global_norm, order_of_backward, sum_gradients
 from demetar.training.objective import Objective, TargetErrors
 from demetar.training.state import TrainState
 
@@ -50,86 +51,56 @@ class StepSums:
     stop: Array
 
 
-def make_gradient(model: GraphModel, objective: Objective, accumulation: int) -> Callable:
-    """`(params, batch, keys_B) -> (gradient of the summed loss, sums, loss of each graph [B])`.
-
-    Over `accumulation` micro-batches, one after the other.
-    """
-    has_dropout = getattr(model, "dropout", 0.0) > 0
-
-    def gradient(params, batch: Graph, keys_B):
-        def summed_loss(params):
-            predictions = predict(model, params, batch, keys_B if has_dropout else None)
-            loss_B = jnp.where(batch.graph_mask, objective.loss_B(predictions, batch), 0.0)
-            errors = TargetErrors.from_model_output(*objective.errors_BxT(predictions, batch))
-            return loss_B.sum(), (loss_B, errors)
-
-        (total, (loss_B, errors)), grad = jax.value_and_grad(summed_loss, has_aux=True)(params)
-        graphs = batch.graph_mask.sum(dtype=loss_B.dtype)
-        return grad, (total, graphs, errors), loss_B
-
-    def accumulated(params, batch: Graph, keys_B):
-        split = lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1)
-        micro_batches = jax.tree.map(split, (batch, keys_B))
-
-        def body(so_far, micro_batch):
-            grad, sums, loss_B = gradient(params, *micro_batch)
-            return jax.tree.map(jnp.add, so_far, (grad, sums)), loss_B
-
-        one = jax.tree.map(lambda x: x[0], micro_batches)
-        grad, sums, _ = jax.eval_shape(gradient, params, *one)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad, sums))
-        (grad, sums), loss_AxB = jax.lax.scan(body, zeros, micro_batches)
-        return grad, sums, loss_AxB.swapaxes(0, 1).reshape(-1)
-
-    return gradient if accumulation == 1 else accumulated
-
-
 def make_train_step(
     gradient: Callable,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     param_specs,
     *,
     seed: int,
     ema_decay: float,
+    num_groups: int,
 ) -> Callable[[TrainState, Graph, Array, Array], tuple[TrainState, StepSums]]:
     """`(state, batch, stop, lr_scale) -> (state, sums)`; randomness is fold_in(seed, step).
 
     Args:
-      gradient: of `make_gradient`.
-      tx: the optax chain.
+      gradient: of `gradients.make_gradient`.
+      tx: of `optim.make_optimizer`.
       mesh: of the devices.
       param_specs: how the parameters lie on `mesh`.
       seed: of dropout.
       ema_decay: of the moving average of the parameters.
+      num_groups: in which gradients are added up.
     """
 
     def of_device(params, batch: Graph, stop_1: Array, key):
-        """On one device, with its graphs: gradient and sums over the graphs of all."""
+        """On one device, with its graphs: `sum_gradients` over those of all, its own losses."""
         params = sharding.gather_params(params, param_specs)
         num_rows = len(batch.graph_mask)
         first_row = jax.lax.axis_index(sharding.BATCH_AXES) * num_rows
         # By row of the global batch: a graph's randomness does not depend on its device.
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(num_rows))
         grad, sums, loss_B = gradient(params, batch, keys_B)
-        grad, sums = sharding.sum_gradients(grad, (*sums, stop_1.sum()), param_specs)
-        return grad, sums, loss_B
+        ready = order_of_backward(gradient, params, batch, keys_B)
+        sums = (*sums, stop_1.sum())
+        return *sum_gradients(grad, sums, param_specs, ready, num_groups), loss_B
 
     rows = P(sharding.BATCH_AXES)
     of_all = _on_each_device(
         of_device,
         mesh,
         in_specs=(param_specs, rows, rows, P()),
-        out_specs=(param_specs, P(), rows),
+        out_specs=(param_specs, P(), P(), rows),
     )
 
     def train_step(state: TrainState, batch: Graph, stop: Array, lr_scale: Array):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad, (total, graphs, errors, stop), loss_B = of_all(state.params, batch, stop, key)
+        grad, sums, square, loss_B = of_all(state.params, batch, stop, key)
+        total, graphs, errors, stop = sums
         batch_size = batch.graph_mask.shape[0]
+        norm = global_norm(grad, param_specs, square) / batch_size
         grad = jax.tree.map(lambda g: g / batch_size, grad)
-        updates, opt_state = tx.update(grad, state.opt_state, state.params)
+        updates, opt_state = tx.update(grad, state.opt_state, state.params, grad_norm=norm)
         updates = jax.tree.map(lambda u: u * lr_scale.astype(u.dtype), updates)
         params = optax.apply_updates(state.params, updates)
         # Early on the average follows faster, or it would remember the random start.
@@ -137,7 +108,7 @@ def make_train_step(
         ema = jax.tree.map(
             lambda e, p: (e + (1 - decay) * (p - e)).astype(p.dtype), state.ema, params
         )
-        sums = StepSums(total, graphs, errors, optax.tree.norm(grad), loss_B, stop)
+        sums = StepSums(total, graphs, errors, norm, loss_B, stop)
         return TrainState(state.step + 1, params, opt_state, ema), sums
 
     return train_step

@@ -11,8 +11,9 @@ from data_pipelines.graph import Graph
 from demetar.job.watch import UNWATCHED, Unwatched, Watch
 from demetar.training import sharding
 from demetar.training.experiment import Experiment
+from demetar.training.gradients import default_groups, make_gradient
 from demetar.training.state import TrainState
-from demetar.training.step import CompiledPerBucket, StepSums, make_gradient, make_train_step
+from demetar.training.step import CompiledPerBucket, StepSums, make_train_step
 
 
 class Trainer:
@@ -119,6 +120,7 @@ def _jitted(experiment: Experiment):
         specs.params,
         seed=config.seed,
         ema_decay=config.optim.ema_decay,
+        num_groups=config.mesh.gradient_groups or default_groups(mesh),
     )
     everywhere, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
     state = sharding.named(mesh, specs)
