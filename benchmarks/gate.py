@@ -76,6 +76,7 @@ def compile_cell(cell: Cell) -> dict:
 
     from demetar.config.command_line import load_config
     from demetar.speed.kernels import launches, may_differ
+    from demetar.speed.program import Program
     from demetar.speed.topology import planned_devices
     from demetar.training import runtime
     from demetar.training.evaluator import Evaluator
@@ -98,11 +99,11 @@ def compile_cell(cell: Cell) -> dict:
             start = time.perf_counter()
             row = {"kind": kind, "num_nodes": experiment.dataset.buckets[bucket].num_nodes}
             try:
-                text = compiled.program(bucket).as_text()
+                program = Program(compiled.program(bucket).as_text())
                 row["seconds"] = time.perf_counter() - start
                 if chip.kind == "cuda":
-                    row["launches"] = sum(launches(text).values())
-                    row["may_differ"] = may_differ(text)
+                    row["launches"] = sum(launches(program).values())
+                    row["may_differ"] = may_differ(program)
             except jax.errors.JaxRuntimeError as error:
                 row["failed"] = str(error).splitlines()[0][:300]
             rows.append(row)

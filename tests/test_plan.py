@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
-from demetar.speed import flops, kernels, topology
+from demetar.speed import flops, kernels, timeline, topology
+from demetar.speed.program import Program
 from demetar.tools import plan_page, planner
 from demetar.training import sharding
 from demetar.training.experiment import build_experiment
@@ -68,7 +69,8 @@ def chip():
 
 def test_collectives_of_a_compiled_program(cache_dir):
     trainer = trainer_on(cache_dir, 2, 4, 1)
-    found = topology.collectives(trainer.program(0).as_text(), 8, chips_near=4, unit=4)
+    program = Program(trainer.program(0).as_text())
+    found = topology.collectives(program, 8, chips_near=4, unit=4).values()
     params = jax.tree.leaves(trainer.experiment.abstract_state().params)
     specs = jax.tree.leaves(trainer.experiment.state_specs.params)
     divided = sum(x.size for x, spec in zip(params, specs, strict=True) if "fsdp" in spec)
@@ -87,20 +89,20 @@ def test_collectives_of_a_compiled_program(cache_dir):
 def test_scaling_agrees_with_the_predicted_step(cache_dir, chip, mesh):
     """With the copies that the mesh has, the formula for n copies gives this very step."""
     trainer = trainer_on(cache_dir, *mesh)
-    text = trainer.program(0).as_text()
+    program = Program(trainer.program(0).as_text())
     found = planner.Plan(
         trainer=trainer,
         topology="",
         chip=chip,
         memory={},
         counted=[flops.Count(1e9, 0.0, 1e6)],
-        compiler_flops=None,
-        step_bytes=[1e6],
-        bytes_source="",
-        collectives=topology.collectives(text, 8, chip.chips_near, 8 // mesh[0]),
+        kernels=kernels.kernels_of(program),
+        collectives=topology.collectives(program, 8, chip.chips_near, 8 // mesh[0]),
     )
-    predicted = found.compute_seconds() + found.communication_seconds()
-    assert found.step_seconds(mesh[0]) == pytest.approx(predicted)
+    now = found.timeline()
+    assert found.step_seconds(copies=mesh[0]) == pytest.approx(now.computing + now.waiting)
+    if mesh[0] == 1:
+        return
     chips, efficiency = zip(*found.scaling(), strict=True)
     assert chips[0] == 8 // mesh[0] and chips[-1] == 1024 and efficiency[0] == 1
     assert sorted(efficiency, reverse=True) == list(efficiency)
@@ -226,7 +228,7 @@ class Compiled:
 
     memory_analysis = lambda self: self._sizes
     cost_analysis = lambda self: {}
-    as_text = lambda self: ""
+    as_text = lambda self: "ENTRY %main () -> () {\n}"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,8 @@ ENTRY %main (x: f32[8], i: s32[4,1], u: f32[4]) -> f32[8] {
 
 
 def program(more="indices_are_sorted=true", apply="add.1", target="__cublas$lt$matmul"):
-    return PROGRAM.replace("MORE", more).replace("APPLY", apply).replace("TARGET", target)
+    text = PROGRAM.replace("MORE", more).replace("APPLY", apply).replace("TARGET", target)
+    return Program(text)
 
 
 def test_what_a_program_launches():
@@ -350,6 +353,55 @@ def test_what_may_differ_between_two_runs_of_a_program():
     assert "__mystery" in found
 
 
+TIMES = """HloModule jit_step
+%part (x: f32[100,4], w: f32[4,4]) -> f32[1,4] {
+  %w.1 = f32[4,4]{1,0} parameter(1)
+  %x.1 = f32[100,4]{1,0} parameter(0)
+  %row = f32[1,4]{1,0} slice(%x.1), slice={[0:1], [0:4]}
+  ROOT %product = f32[1,4]{1,0} dot(%row, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+%turn (state: f32[100,4]) -> f32[100,4] {
+  %state = f32[100,4]{1,0} parameter(0)
+  ROOT %wave = f32[100,4]{1,0} sine(%state)
+}
+ENTRY %main (x: f32[100,4], w: f32[4,4]) -> f32[100,4] {
+  %x = f32[100,4]{1,0} parameter(0)
+  %w = f32[4,4]{1,0} parameter(1)
+  %all-reduce-start = f32[100,4]{1,0} all-reduce-start(%x), replica_groups={{0,1}}, to_apply=%add
+  %first = f32[1,4]{1,0} fusion(%x, %w), kind=kLoop, calls=%part
+  %all-reduce-done = f32[100,4]{1,0} all-reduce-done(%all-reduce-start)
+  ROOT %loop = f32[100,4]{1,0} while(%all-reduce-done), condition=%c, body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+}
+"""  # noqa: E501
+
+
+def test_time_of_a_program_by_hand():
+    """A fusion reads a row of x: 16 + 64 + 16 bytes, 32 operations; five turns of a loop."""
+    found = kernels.kernels_of(Program(TIMES))
+    _, first, _, wave = found
+    assert (first.product, first.other, first.bytes, first.times) == (32, 0, 96, 1)
+    assert (wave.product, wave.other, wave.bytes, wave.times) == (0, 400, 3200, 5)
+    rates = timeline.Rates(product=1.0, other=0.1, byte=0.01, launch=2.0)
+    step = timeline.predict(found, rates, {"all-reduce-start": 50.0})
+    # Launch of the start, the products, what is left of the collective, five turns.
+    assert step.computing == 2 + 32 + 5 * 40 and step.waiting == 50 - 2 - 32
+    assert step.communicating == 50 and step.total == 250
+    assert step.by_limit == {"launches": 2, "matrix products": 32, "other operations": 200}
+    half = timeline.predict(found, rates, {"all-reduce-start": 50.0}, part=0.5)
+    assert half.computing == 2 + 16 + 5 * 20
+    one_by_one = dataclasses.replace(rates, adds_up=True)
+    alone = timeline.predict(found, one_by_one, {"all-reduce-start": 0.0})
+    assert alone.total == pytest.approx(2 + 32.96 + 5 * 72)
+
+
+def test_kernels_of_a_program_do_what_was_counted(cache_dir):
+    """Matrix products of the compiled step against those of the traced one, on one device."""
+    trainer = trainer_on(cache_dir, 1, 1, 1)
+    found = kernels.kernels_of(Program(trainer.program(0).as_text()))
+    counted = flops.count(trainer.jitted, *trainer.abstract_arguments(0))
+    assert sum(k.times * k.product for k in found) == pytest.approx(counted.matmul, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["qm9:smoke", "qm9:egnn,smoke", "nbody:smoke"])
 def test_programs_for_a_gpu_are_the_same_each_time(cache_dir, config):
@@ -361,6 +413,7 @@ import demetar.plan  # sets what must be set before jax
 import jax
 from demetar.config.command_line import load_config
 from demetar.speed import kernels
+from demetar.speed.program import Program
 from demetar.speed.topology import planned_devices
 from demetar.training import runtime
 from demetar.training.experiment import build_experiment
@@ -371,8 +424,8 @@ if sys.argv[3] == "free":
     del runtime.COMPILER_FLAGS["xla_gpu_deterministic_ops"]
 runtime.configure(config)
 jax.config.update("jax_enable_compilation_cache", False)
-text = Trainer(build_experiment(config, devices)).program(0).as_text()
-print(len(kernels.may_differ(text)))
+compiled = Trainer(build_experiment(config, devices)).program(0)
+print(len(kernels.may_differ(Program(compiled.as_text()))))
 """
     run = lambda kind: int(
         subprocess.run(

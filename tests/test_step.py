@@ -161,8 +161,8 @@ def test_gradients_are_grouped_in_the_order_in_which_the_backward_pass_ends(cach
     assert max(of("head_cls")) < min(of("joint_0")) < min(of("atom"))
     sizes, ready = [9, 1, 5, 5], [40, 30, 20, 10]
     assert gradients._groups_of(sizes, ready, 1) == [[3, 2, 1, 0]]
-    assert gradients._groups_of(sizes, ready, 2) == [[3, 2], [1, 0]]
-    assert gradients._groups_of(sizes, ready, 9) == [[3], [2], [1], [0]]
+    assert gradients._groups_of(sizes, ready, 2) == [[3, 2, 1], [0]]
+    assert gradients._groups_of(sizes, ready, 99) == [[3], [2], [1], [0]]
 
 
 def test_padding_graphs_weigh_nothing_and_the_divisor_is_nominal(cache_dir, float64):

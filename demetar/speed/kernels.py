@@ -1,74 +1,206 @@
-"""A program compiled for a GPU, read: what it launches, and what could differ between two runs."""
+"""What a compiled program launches, what a launch does, and what could differ between two runs."""
 
 import collections
+import dataclasses
+import math
 import re
 
-# Of the compiled text: `%name = shape operation(...)`.
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*? ([a-z][a-z0-9\-]*)\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(r"(?:calls|to_apply|select|scatter|comparator)=%?([\w.\-]+)")
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+from demetar.speed.program import Instruction, Program, bytes_of
+
 # What the host or another instruction does, or nobody.
 _NO_LAUNCH = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
     "opt-barrier all-reduce-done all-gather-done reduce-scatter-done copy-done async-done "
-    "async-update partition-id replica-id".split()
+    "slice-done async-update partition-id replica-id".split()
 )
 # Libraries whose results, with `xla_gpu_deterministic_ops`, are the same each time.
 _DETERMINISTIC_CALLS = ("__cublas$gemm", "__cublas$lt$matmul", "__cub$DeviceRadixSort")
+_PRODUCT_CALLS = ("__cublas$gemm", "__cublas$lt$matmul")
+_FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")  # of a TPU
+# Moves or names data, or is free once fused.
+_MOVES = frozenset(
+    "parameter constant tuple get-tuple-element bitcast broadcast iota reshape transpose copy "
+    "slice dynamic-slice concatenate pad gather reverse dynamic-update-slice".split()
+)
+_PARTS = frozenset("slice dynamic-slice gather".split())
 
 
-def launches(text: str) -> collections.Counter:
-    """How many instructions of each kind the host starts, those of a loop's body once."""
-    computations = _computations(text)
-    parts = {
-        name
-        for lines in computations.values()
-        for line in lines
-        if _operation(line) != "call"  # whose computation the host goes through
-        for name in _CALLED.findall(line)
-    }
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch, or as many as a loop makes of it.
+
+    Attributes:
+      name: in the program.
+      operation: of XLA.
+      source: path in the traced function.
+      times: how often a step launches it.
+      product: floating-point operations in matrix products, each time.
+      other: numbers computed by everything else, each time.
+      bytes: read and written, each time; of an operand only the part that is read.
+      waits_for: name of the kernel whose end it is, if it is the end of one.
+    """
+
+    name: str
+    operation: str
+    source: str
+    times: int
+    product: float
+    other: float
+    bytes: float
+    waits_for: str = ""
+
+
+def kernels_of(program: Program) -> list[Kernel]:
+    """All launches in the order of the schedule, waits for what was started among them."""
+    return [
+        Kernel(
+            name=instruction.name,
+            operation=instruction.operation,
+            source=instruction.source,
+            times=times,
+            product=_product_flops(program, instruction, computation),
+            other=_other_elements(program, instruction),
+            bytes=_bytes(program, instruction, computation),
+            waits_for=instruction.operands[0] if instruction.operation.endswith("-done") else "",
+        )
+        for instruction, computation, times in program.scheduled()
+        if _is_launched(instruction) or instruction.operation.endswith("-done")
+    ]
+
+
+def launches(program: Program) -> collections.Counter:
+    """How many launches of each kind, those of a loop's body once."""
     return collections.Counter(
-        operation
-        for name, lines in computations.items()
-        if name not in parts  # else inside one kernel
-        for line in lines
-        if (operation := _operation(line)) not in _NO_LAUNCH
+        instruction.operation
+        for instruction, _, _ in program.scheduled()
+        if _is_launched(instruction)
     )
 
 
-def may_differ(text: str) -> list[str]:
+def _is_launched(instruction: Instruction) -> bool:
+    return instruction.operation not in _NO_LAUNCH and instruction.target not in _FREE_CALLS
+
+
+def may_differ(program: Program) -> list[str]:
     """Instructions whose result could depend on which thread comes first; none is expected.
 
     A scatter that adds to one place twice does, and so does what selects and scatters; the largest
     or least of some numbers is the same in any order. A call of a library is trusted if its name is
     known here. Autotuning leaves no trace: the flags of a run forbid it.
     """
-    computations, found = _computations(text), []
-    for line in (line for lines in computations.values() for line in lines):
-        operation = _operation(line)
-        if operation == "custom-call":
-            fine = _TARGET.search(line)[1] in _DETERMINISTIC_CALLS
-        elif operation == "scatter":
-            applied = computations[re.search(r"to_apply=%?([\w.\-]+)", line)[1]][-1]
-            fine = "unique_indices=true" in line or _operation(applied) in ("maximum", "minimum")
+    found = []
+    for instruction in (x for lines in program.computations.values() for x in lines):
+        if instruction.operation == "custom-call":
+            fine = instruction.target in _DETERMINISTIC_CALLS
+        elif instruction.operation == "scatter":
+            applied = program.computations[instruction.called[0]][-1]
+            fine = "unique_indices=true" in instruction.attributes
+            fine |= applied.operation in ("maximum", "minimum")
         else:
-            fine = operation not in ("select-and-scatter", "rng")
+            fine = instruction.operation not in ("select-and-scatter", "rng")
         if not fine:
-            found.append(line.strip()[:200])
+            words = (instruction.operation, instruction.target, instruction.name)
+            found.append(f"{' '.join(filter(None, words))} of {instruction.source}")
     return found
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Name of each computation -> its instructions, the root last."""
-    found, inside = {}, []
-    for line in text.splitlines():
-        if start := _COMPUTATION.match(line):
-            inside = found[start[1]] = []
-        elif _INSTRUCTION.match(line):
-            inside.append(line)
+# --- costs ---------------------------------------------------------------------------------------
+
+
+def _inside(program: Program, instruction: Instruction) -> list[tuple[Instruction, str]]:
+    """What a fusion does, with the computations of fusions in it; else the instruction itself."""
+    if instruction.operation != "fusion":
+        return []
+    name = instruction.called[0]
+    found = []
+    for part in program.computations[name]:
+        found += _inside(program, part) or [(part, name)]
     return found
 
 
-def _operation(line: str) -> str:
-    return _INSTRUCTION.match(line)[1]
+def _product_flops(program: Program, instruction: Instruction, computation: str) -> float:
+    parts = _inside(program, instruction) or [(instruction, computation)]
+    return sum(
+        _flops_of_product(program, part, name)
+        for part, name in parts
+        if part.operation in ("dot", "convolution") or part.target in _PRODUCT_CALLS
+    )
+
+
+def _flops_of_product(program: Program, product: Instruction, computation: str) -> float:
+    """2 M N K of each matrix of a batch."""
+    shapes = {x.name: x.arrays for x in program.computations[computation]}
+    ((_, left),) = shapes[product.operands[0]]
+    result = math.prod(product.arrays[0][1])
+    if product.operation == "convolution":
+        ((_, right),) = shapes[product.operands[1]]
+        depth = _depth_of_convolution(product, left, right)
+    else:
+        depth = math.prod(left[d] for d in product.dimensions("lhs_contracting_dims"))
+    return 2.0 * result * depth
+
+
+def _depth_of_convolution(product: Instruction, left, right) -> float:
+    """Numbers that are added up for one of the result: a TPU's products are convolutions.
+
+    `dim_labels=0bf_0io->0bf`: of the left side, the right side and the result. An axis of numbers
+    is one of a batch if the result has all of it, else it is added up.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.attributes).groups()
+    sides = zip(labels, (left, right, product.arrays[0][1]), strict=True)
+    of_left, of_right, of_result = (dict(zip(*side, strict=True)) for side in sides)
+    added = [of_left[axis] / of_result[axis] for axis in of_left if axis.isdigit()]
+    return of_right["i"] * math.prod(max(1.0, ratio) for ratio in added)
+
+
+def _other_elements(program: Program, instruction: Instruction) -> float:
+    parts = _inside(program, instruction) or [(instruction, "")]
+    found = 0.0
+    for part, name in parts:
+        if part.operation in _MOVES or part.operation in ("dot", "convolution", "custom-call"):
+            continue
+        read = 0
+        if part.operation.startswith("reduce") and name:
+            shapes = {x.name: x.elements for x in program.computations[name]}
+            read = max((shapes[operand] for operand in part.operands), default=0)
+        found += max(part.elements, read)
+    return found
+
+
+def _bytes(program: Program, instruction: Instruction, computation: str) -> float:
+    if instruction.operation.endswith("-done"):
+        return 0.0
+    if instruction.operation.endswith("-start"):
+        # A copy: what it reads is among its results, whole even if a part is taken.
+        return min(bytes_of([array]) for array in instruction.arrays[:2])
+    sizes = {x.name: x.moved for x in program.computations[computation]}
+    read = [sizes.get(operand, 0.0) for operand in instruction.operands]
+    written = instruction.moved
+    if instruction.operation == "fusion":
+        name = instruction.called[0]
+        inside = program.computations[name]
+        for x in inside:
+            if x.operation == "parameter":
+                k = int(x.argument)
+                read[k] = min(read[k], _bytes_read(program, x, name))
+        if inside[-1].operation == "dynamic-update-slice":
+            written = 2 * {x.name: x.moved for x in inside}[inside[-1].operands[1]]
+    elif instruction.operation in _PARTS:
+        read = [instruction.moved]
+    return sum(read) + written
+
+
+def _bytes_read(program: Program, value: Instruction, computation: str) -> float:
+    """Of a value inside a fusion: all of it, or the parts that are taken from it."""
+    users = program.users[computation][value.name]
+    total = 0.0
+    for user in users:
+        if user.operation in _PARTS and user.operands[0] == value.name:
+            total += user.moved
+        elif user.operation == "bitcast":
+            total += _bytes_read(program, user, computation)
+        elif user.operation == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue  # written in place
+        else:
+            return value.moved
+    return min(total, value.moved)

@@ -13,10 +13,10 @@ import numpy as np
 from jax.experimental import topologies
 
 from data_pipelines.errors import UserError, suggest
+from demetar.speed.program import Program, bytes_of
 
 FOLDER = pathlib.Path(__file__).parent / "accelerators"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BITS = {"f64": 64, "f32": 32, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "pred": 8, "s8": 8}
 _TABLE = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # of numbers of chips: sizes, order of the axes
 
 
@@ -32,6 +32,8 @@ class Accelerator:
       near_bytes_per_s: to the chips of its node, one direction.
       far_bytes_per_s: to others.
       chips_near: how many are near.
+      launch_seconds: from the start of one kernel to that of the next, at least; a guess.
+      other_flops: what is no matrix product, operations/s; 0: not known, and taken for free.
       source: of these numbers, for a person.
       target_config: file beside this one that describes a GPU to the compiler.
     """
@@ -43,7 +45,9 @@ class Accelerator:
     near_bytes_per_s: float
     far_bytes_per_s: float
     chips_near: int
+    launch_seconds: float
     source: str
+    other_flops: float = 0.0
     target_config: str = ""
 
 
@@ -126,23 +130,28 @@ def planned_devices(text: str):
     return chip, found.devices
 
 
-def collectives(text: str, chips: int, chips_near: int, unit: int) -> list[Collective]:
-    """Of a compiled program's text; `unit` chips hold one copy of the state."""
-    found = []
-    pattern = rf"= (.+?) ({'|'.join(COLLECTIVES)})(-start)?\((.*)"
-    for shapes, name, start, rest in re.findall(pattern, text):
-        arrays = [
-            math.prod(int(n) for n in dims.split(",") if n) * _BITS[kind] / 8
-            for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-            if kind in _BITS
-        ]
-        if start and name != "all-reduce" and len(arrays) > 1:
+def collectives(program: Program, chips: int, chips_near: int, unit: int) -> dict[str, Collective]:
+    """Those of a program, by the names of their instructions.
+
+    Args:
+      program: compiled.
+      chips: that run it.
+      chips_near: see `Accelerator`.
+      unit: chips that hold one copy of the state.
+    """
+    found = {}
+    for instruction in (x for lines in program.computations.values() for x in lines):
+        name = instruction.operation.removesuffix("-start")
+        if name not in COLLECTIVES:
+            continue
+        arrays = instruction.arrays
+        if name != instruction.operation and name != "all-reduce" and len(arrays) > 1:
             arrays = arrays[len(arrays) // 2 :]  # (operands, results)
-        members = first_group(rest, chips)
-        payload = sum(arrays) * (len(members) if name == "reduce-scatter" else 1)
+        members = first_group(instruction.attributes, chips)
+        payload = bytes_of(arrays) * (len(members) if name == "reduce-scatter" else 1)
         near = int(np.bincount(members // chips_near).max())
         over_data = len(set(members // unit)) > 1
-        found.append(Collective(name, len(members), near, payload, over_data))
+        found[instruction.name] = Collective(name, len(members), near, payload, over_data)
     return found
 
 

@@ -22,17 +22,6 @@ def phase_of(op_name: str, instruction: str) -> str:
     return "forward" if "jvp(" in op_name else "optimizer"
 
 
-def op_names(hlo_text: str) -> dict[str, str]:
-    """Instruction of a compiled program -> the name JAX gave the operation."""
-    found = {}
-    for line in hlo_text.splitlines():
-        name = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
-        meaning = re.search(r'op_name="([^"]*)"', line)
-        if name and meaning:
-            found.setdefault(name[1], meaning[1])
-    return found
-
-
 def self_times(events) -> collections.Counter:
     """Microseconds of each operation alone: without those that ran inside it on its thread."""
     total = collections.Counter()

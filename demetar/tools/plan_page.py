@@ -5,8 +5,17 @@ import html
 import io
 import pathlib
 
+from demetar.speed.timeline import ASSUMPTIONS
 from demetar.speed.topology import COLLECTIVES
 from demetar.tools.planner import Plan, size_text
+
+# What bounds a kernel -> what would make it shorter.
+_REMEDIES = {
+    "launches": "more graphs on a chip, or fewer kernels",
+    "matrix products": "config.model.dtype=bfloat16",
+    "other operations": "config.model.dtype=bfloat16",
+    "memory": "config.model.dtype=bfloat16, or fewer and larger kernels",
+}
 
 
 def rows_of(plan: Plan) -> list[tuple[str, str]]:
@@ -21,10 +30,6 @@ def _rows_known(plan: Plan) -> list[tuple[str, str]]:
     flops = plan.mean_over_buckets([c.total for c in plan.counted])
     peak = chip.peak_flops.get(config.model.dtype, float("nan"))
     mesh = " x ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items())
-    compiler = "the compiler for this chip gives none"
-    if plan.compiler_flops:
-        compiler = f"largest bucket {plan.counted[-1].total:.3e} counted, "
-        compiler += f"{plan.compiler_flops:.3e} compiler"
     parts = ", ".join(f"{k} {size_text(v)}" for k, v in plan.memory.items() if k != "all")
     rows = [
         ("config", f"{plan.num_parameters:,} parameters, {config.model.dtype}, batch {graphs}"),
@@ -43,15 +48,17 @@ def _rows_known(plan: Plan) -> list[tuple[str, str]]:
         (
             "operations of a step",
             f"{flops:.3e} (counted from the traced step, mean over buckets; "
-            f"{flops / graphs:.3e} for each of the {experiment.dataset.items}); {compiler}",
+            f"{flops / graphs:.3e} for each of the {experiment.dataset.items})",
         ),
         (
-            "bytes of a step",
-            f"{plan.mean_over_buckets(plan.step_bytes):.3e} ({plan.bytes_source})",
+            "kernels of a step",
+            f"{plan.launches} launches; matrix products {plan.sum_of_kernels('product'):.3e} "
+            f"operations, {plan.sum_of_kernels('bytes') / 1e6:.1f} MB read and written (of a chip, "
+            "largest bucket, read from the compiled program)",
         ),
     ]
     for name in COLLECTIVES:
-        same = [c for c in plan.collectives if c.name == name]
+        same = [c for c in plan.collectives.values() if c.name == name]
         if same:
             groups = ", ".join(sorted({str(c.group) for c in same}))
             total = sum(c.payload for c in same)
@@ -60,31 +67,61 @@ def _rows_known(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _rows_predicted(plan: Plan) -> list[tuple[str, str]]:
-    """What follows from it: the fastest that the machine could be."""
+    """What follows from it, as a range."""
     config, items = plan.experiment.config, plan.experiment.dataset.items
-    compute, talk = plan.compute_seconds(), plan.communication_seconds()
-    seconds = compute + talk
-    days = config.train.num_steps * seconds / 86_400
-    return [
+    seconds = {name: plan.step_seconds(name) for name in ASSUMPTIONS}
+    low, likely, high = seconds["best"], seconds["likely"], seconds["worst"]
+    largest = plan.timeline()
+    hours = lambda seconds: config.train.num_steps * seconds / 3600
+    hidden = 1 - largest.waiting / largest.communicating if largest.communicating else 0.0
+    limits = ", ".join(
+        f"{name} {share / largest.total:.0%}" for name, share in sorted(largest.by_limit.items())
+    )
+    rows = [
         (
             "PREDICTED step",
-            f"{seconds * 1e3:.3f} ms = {compute * 1e3:.3f} ms computing + {talk * 1e3:.3f} ms "
-            "communicating. Roofline: max(operations / peak, bytes / bandwidth), then all "
-            "collectives as rings at full link speed, nothing hidden. Latencies, launches and "
-            "kernels below peak are left out: a real step is slower, for small ones many times",
-        ),
-        ("PREDICTED rate", f"{config.data.batch_size / seconds:,.0f} {items}/s"),
-        (
-            "PREDICTED weak scaling",
-            ", ".join(f"{n}: {e:.1%}" for n, e in plan.scaling())
-            + ". E(n) = T(unit) / T(n), T(n) = computing + rings over n, the batch of a chip kept",
+            f"{likely * 1e3:.3f} ms, between {low * 1e3:.3f} and {high * 1e3:.3f}. Kernel by "
+            "kernel: the longest of launch, products, other operations and memory; collectives "
+            "beside them. The range: which share of a data sheet's peaks is reached "
+            "(demetar/speed/timeline.py)",
         ),
         (
-            "PREDICTED training",
-            f"{config.train.num_steps:,} steps: {days * 24:.2f} hours ({days:.3f} days), "
-            f"{days * 24 * plan.chips:,.1f} chip-hours, without evaluation, saving and compiling",
+            "PREDICTED limits",
+            f"{limits}; waiting for collectives {largest.waiting / largest.total:.0%}, "
+            f"{hidden:.0%} of whose time is hidden (largest bucket)",
         ),
     ]
+    for part, (spent, limit) in sorted(largest.by_part.items(), key=lambda x: -x[1][0])[:3]:
+        rows.append(
+            (
+                "PREDICTED cost",
+                f"{part}: {spent / largest.total:.0%}, bound by {limit}; {_REMEDIES[limit]}",
+            )
+        )
+    rows.append(
+        (
+            "PREDICTED rate",
+            f"{config.data.batch_size / likely:,.0f} {items}/s, between "
+            f"{config.data.batch_size / high:,.0f} and {config.data.batch_size / low:,.0f}",
+        )
+    )
+    if scaling := plan.scaling():
+        rows.append(
+            (
+                "PREDICTED weak scaling",
+                ", ".join(f"{n}: {e:.1%}" for n, e in scaling)
+                + ". E(n) = T(unit) / T(n), the batch of a chip kept",
+            )
+        )
+    rows.append(
+        (
+            "PREDICTED training",
+            f"{config.train.num_steps:,} steps: {hours(likely):.2f} hours, between "
+            f"{hours(low):.2f} and {hours(high):.2f}; {hours(likely) * plan.chips:,.1f} "
+            "chip-hours; without evaluation, saving and compiling",
+        )
+    )
+    return rows
 
 
 def as_text(rows: list[tuple[str, str]]) -> str:

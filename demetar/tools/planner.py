@@ -4,12 +4,20 @@ import dataclasses
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.errors import UserError
 from demetar.records.log import say
 from demetar.speed import flops
+from demetar.speed.kernels import Kernel, kernels_of
+from demetar.speed.program import Program
+from demetar.speed.timeline import (
+    ASSUMPTIONS,
+    Timeline,
+    collective_seconds,
+    predict,
+    rates_of,
+)
 from demetar.speed.topology import Accelerator, Collective, collectives
 from demetar.training.experiment import Experiment, build_experiment
 from demetar.training.trainer import Trainer
@@ -27,10 +35,8 @@ class Plan:
       chip: of it.
       memory: bytes of each chip: state, batch and outputs, temporaries, all.
       counted: operations of a step of each bucket, by `speed.flops`, over all chips.
-      compiler_flops: of the largest bucket over all chips, where the compiler says it.
-      step_bytes: of each bucket, over all chips.
-      bytes_source: where these are from.
-      collectives: of a step.
+      kernels: of one chip's step of the largest bucket, in order.
+      collectives: of that step, by name.
     """
 
     trainer: Trainer
@@ -38,10 +44,8 @@ class Plan:
     chip: Accelerator
     memory: dict[str, float]
     counted: list[flops.Count]
-    compiler_flops: float | None
-    step_bytes: list[float]
-    bytes_source: str
-    collectives: list[Collective]
+    kernels: list[Kernel]
+    collectives: dict[str, Collective]
 
     @property
     def chips(self) -> int:
@@ -55,46 +59,71 @@ class Plan:
     def num_parameters(self) -> int:
         return sum(x.size for x in jax.tree.leaves(self.experiment.abstract_state().params))
 
+    def sum_of_kernels(self, name: str) -> float:
+        """Of a number of `Kernel`, over all launches of a step of the largest bucket."""
+        return sum(kernel.times * getattr(kernel, name) for kernel in self.kernels)
+
+    @property
+    def launches(self) -> int:
+        """Of a step, loops gone through."""
+        return sum(k.times for k in self.kernels if not k.operation.endswith("-done"))
+
     def mean_over_buckets(self, values) -> float:
         """Of an epoch, from one value for each bucket."""
         return float(np.average(values, weights=self.trainer.plan.batches_per_bucket))
 
-    def compute_seconds(self) -> float:
-        """Mean over the buckets of an epoch of max(operations / peak, bytes / bandwidth)."""
-        peak = self.chip.peak_flops.get(self.experiment.config.model.dtype)
-        peak = peak or self.chip.peak_flops["float32"] / 16  # float64, about
-        times = [
-            max(c.total / peak, b / self.chip.memory_bytes_per_s) / self.chips
-            for c, b in zip(self.counted, self.step_bytes, strict=True)
-        ]
-        return self.mean_over_buckets(times)
+    # --- predicted -------------------------------------------------------------------------------
 
-    def communication_seconds(self) -> float:
-        """All collectives, one after the other, hidden behind nothing."""
-        return sum(c.seconds(self.chip) for c in self.collectives)
+    def timeline(
+        self, assumption: str = "likely", bucket: int = -1, copies: int | None = None
+    ) -> Timeline:
+        """A step of a bucket, whose kernels do their part of those of the largest.
 
-    def scaling(self) -> list[tuple[int, float]]:
-        """(chips, efficiency): the batch of each chip kept, only the axis `data` growing."""
+        Args:
+          assumption: of `timeline.ASSUMPTIONS`.
+          bucket: its number.
+          copies: of the state, as many graphs on each chip as here; None: those of this plan.
+        """
+        assumed = ASSUMPTIONS[assumption]
+        return predict(
+            self.kernels,
+            rates_of(self.chip, self.experiment.config.model.dtype, assumed),
+            collective_seconds(self._collectives(copies), self.chip, assumed),
+            self.counted[bucket].total / self.counted[-1].total,
+        )
+
+    def step_seconds(self, assumption: str = "likely", copies: int | None = None) -> float:
+        """Of a step, mean over the buckets of an epoch."""
+        buckets = range(len(self.counted))
+        return self.mean_over_buckets(
+            [self.timeline(assumption, bucket, copies).total for bucket in buckets]
+        )
+
+    def scaling(self, assumption: str = "likely") -> list[tuple[int, float]]:
+        """(chips, efficiency): the batch of each chip kept, only the axis `data` growing.
+
+        None where one copy of the state is all that was compiled: then no collective is known.
+        """
         shape = self.experiment.mesh.shape
-        unit = shape["fsdp"] * shape["model"]
+        if shape["data"] == 1:
+            return []
+        unit = self.chips // shape["data"]
+        one = self.step_seconds(assumption, 1)
         powers = range(int(math.log2(_MAX_CHIPS // unit)) + 1)
-        return [(unit * 2**k, self.step_seconds(1) / self.step_seconds(2**k)) for k in powers]
+        return [(unit * 2**k, one / self.step_seconds(assumption, 2**k)) for k in powers]
 
-    def step_seconds(self, copies: int) -> float:
-        """Of a step with so many copies of the state, as many graphs on each chip as here."""
-        shape = self.experiment.mesh.shape
-        unit = shape["fsdp"] * shape["model"]
-        across = [c for c in self.collectives if c.over_data]
-        if shape["data"] == 1:  # none to look at: gradients of each part of the state
-            across = [Collective("all-reduce", 1, 1, 4 * self.num_parameters / unit)]
-        seconds = self.compute_seconds()
-        seconds += sum(c.seconds(self.chip) for c in self.collectives if not c.over_data)
-        for c in across:
-            group = c.group // shape["data"] * copies
-            stride = self.chips // c.group if shape["data"] > 1 else unit
-            near = min(group, max(1, self.chip.chips_near // stride))
-            seconds += dataclasses.replace(c, group=group, near=near).seconds(self.chip)
-        return seconds
+    def _collectives(self, copies: int | None) -> dict[str, Collective]:
+        """With so many copies of the state."""
+        now = self.experiment.mesh.shape["data"]
+        if copies in (None, now):
+            return self.collectives
+        found = dict(self.collectives)
+        for name, collective in self.collectives.items():
+            if collective.over_data:
+                group = collective.group // now * copies
+                near = min(group, max(1, self.chip.chips_near // (self.chips // collective.group)))
+                found[name] = dataclasses.replace(collective, group=group, near=near)
+        return found
 
 
 class DoesNotFit(UserError):
@@ -132,32 +161,16 @@ def make_plan(config, topology: str, chip: Accelerator, devices) -> Plan:
     say(f"Counting {len(buckets)} buckets, compiling the largest for {len(devices)} chips ...")
     counted = [flops.count(trainer.jitted, *trainer.abstract_arguments(b)) for b in buckets]
     compiled = compile_largest(trainer)
-    cost = compiled.cost_analysis() or {}
-    chips = trainer.experiment.mesh.size
-    state_bytes = 2 * compiled.memory_analysis().argument_size_in_bytes * chips
-    width = jnp.dtype(config.model.dtype).itemsize
-    step_bytes = [c.matmul_bytes + width * c.other + state_bytes for c in counted]
-    source = "counted: matrix products, the state, and every other result written once"
-    # A loop's body is in the compiler's sums once, however often it runs.
-    once = config.train.accumulation == 1
-    if once and cost.get("bytes accessed"):
-        largest = cost["bytes accessed"] * chips
-        step_bytes = [largest * b / step_bytes[-1] for b in step_bytes]
-        source = "compiler, for the largest bucket; scaled by the count for the others"
+    program, chips = Program(compiled.as_text()), trainer.experiment.mesh.size
     return Plan(
         trainer=trainer,
         topology=topology,
         chip=chip,
         memory=memory_of(compiled),
         counted=counted,
-        compiler_flops=cost["flops"] * chips if once and cost.get("flops", 0) > 0 else None,
-        step_bytes=step_bytes,
-        bytes_source=source,
+        kernels=kernels_of(program),
         collectives=collectives(
-            compiled.as_text(),
-            chips,
-            chip.chips_near,
-            config.mesh.fsdp * config.mesh.model,
+            program, chips, chip.chips_near, config.mesh.fsdp * config.mesh.model
         ),
     )
 

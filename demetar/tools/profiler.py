@@ -15,7 +15,8 @@ from demetar.job.job import Job
 from demetar.job.place import Place
 from demetar.records.log import say
 from demetar.speed.machine import Peak
-from demetar.speed.trace import PHASES, op_names, phase_of, read_trace, self_times
+from demetar.speed.program import Program
+from demetar.speed.trace import PHASES, phase_of, read_trace, self_times
 from demetar.training import runtime
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.evaluator import Evaluator
@@ -130,7 +131,7 @@ class Profiler:
 
     def _on_devices(self, trace: pathlib.Path) -> list[tuple[str, float, str]]:
         """Rows of what the devices do, of a trace of the steps: seconds a step of one of them."""
-        names = op_names(self._trainer.program(self._bucket).as_text())
+        names = Program(self._trainer.program(self._bucket).as_text()).sources
         devices, steps = len(self._experiment.mesh.local_devices), len(self._steps)
         events = read_trace(trace)
         busy = collections.Counter()

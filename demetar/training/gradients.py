@@ -20,7 +20,7 @@ from demetar.models.base import GraphModel
 from demetar.training.objective import Objective, TargetErrors
 from demetar.training.sharding import BATCH_AXES, sum_over
 
-_GROUPS_OF_ACCELERATORS = 4
+_GROUPS_OF_ACCELERATORS = 8
 
 
 def make_gradient(model: GraphModel, objective: Objective, accumulation: int) -> Callable:
@@ -94,7 +94,7 @@ def sum_gradients(gradients, sums, specs, ready: list[int], num_groups: int):
       sums: other numbers to add up; they go with the group that is ready last.
       specs: how each leaf of the gradients lies.
       ready: of `order_of_backward`.
-      num_groups: about equal in size.
+      num_groups: each smaller than the one before, for behind the last nothing is hidden.
 
     Returns:
       gradients, sums, and the sum of squares of the leaves that are whole on every device.
@@ -142,10 +142,13 @@ def global_norm(gradients, specs, square_of_whole):
 
 
 def _groups_of(sizes: list[int], ready: list[int], num_groups: int) -> list[list[int]]:
-    """Numbers of the leaves of each group, first what is ready first; none is empty."""
+    """Numbers of the leaves of each group, first what is ready first; none is empty.
+
+    Sizes fall about linearly.
+    """
     order = np.argsort(ready, kind="stable")
     sizes_in_order = np.asarray(sizes, float)[order]
-    # The middle of a leaf says in which part of the whole it lies.
-    middles = np.cumsum(sizes_in_order) - sizes_in_order / 2
-    parts = np.floor(middles / sizes_in_order.sum() * num_groups)
+    # The middle of a leaf says where in the whole it lies.
+    middles = (np.cumsum(sizes_in_order) - sizes_in_order / 2) / sizes_in_order.sum()
+    parts = np.floor(num_groups * (1 - np.sqrt(1 - middles)))
     return [order[parts == part].tolist() for part in np.unique(parts)]

@@ -21,6 +21,8 @@ COMPILER_FLAGS = {
     "xla_gpu_enable_triton_gemm": "false",
     # The groups of `gradients.sum_gradients` stay apart, so that they run beside the backward pass.
     "xla_gpu_all_reduce_combine_threshold_bytes": str(2**20),
+    # As many may be under way; with one, computing would wait before the next is started.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": "8",
 }
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
