@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError
 from demetar.config.command_line import load_config
+from demetar.records.files import write_json
 from demetar.speed import flops, kernels, timeline, topology
 from demetar.speed.program import Program
 from demetar.tools import plan_page, planner
@@ -218,6 +219,21 @@ def test_the_page_has_the_table_and_a_picture(small, tmp_path):
     assert "data:image/png;base64,iVBOR" in page
 
 
+def test_two_plans_side_by_side(small, runner, tmp_path):
+    _, plan = small
+    numbers = plan_page.numbers_of(plan)
+    files = [tmp_path / "one.json", tmp_path / "other.json"]
+    for file, factor in zip(files, (1, 3), strict=True):
+        write_json(file, numbers | {"launches": factor * numbers["launches"]})
+    said = runner.run(None, "--compare", *map(str, files), module="demetar.plan")
+    (line,) = [line.split() for line in said.splitlines() if line.startswith("launches")]
+    assert line == ["launches", str(plan.launches), str(3 * plan.launches), "3.000"]
+    assert "predicted step, worst" in said and "predicted efficiency, 1024 chips" in said
+    files[1].write_text("{}")
+    said = runner.run(None, "--compare", *map(str, files), module="demetar.plan", code=2)
+    assert "other.json is not a file of" in said
+
+
 class Compiled:
     """A program of so many bytes."""
 
@@ -379,14 +395,14 @@ def test_time_of_a_program_by_hand():
     """A fusion reads a row of x: 16 + 64 + 16 bytes, 32 operations; five turns of a loop."""
     found = kernels.kernels_of(Program(TIMES))
     _, first, _, wave = found
-    assert (first.product, first.other, first.bytes, first.times) == (32, 0, 96, 1)
-    assert (wave.product, wave.other, wave.bytes, wave.times) == (0, 400, 3200, 5)
-    rates = timeline.Rates(product=1.0, other=0.1, byte=0.01, launch=2.0)
+    assert (first.product, first.functions, first.bytes, first.times) == (32, 0, 96, 1)
+    assert (wave.product, wave.functions, wave.bytes, wave.times) == (0, 5 * 400, 3200, 5)
+    rates = timeline.Rates(product=1.0, function=0.02, byte=0.01, launch=2.0)
     step = timeline.predict(found, rates, {"all-reduce-start": 50.0})
     # Launch of the start, the products, what is left of the collective, five turns.
     assert step.computing == 2 + 32 + 5 * 40 and step.waiting == 50 - 2 - 32
     assert step.communicating == 50 and step.total == 250
-    assert step.by_limit == {"launches": 2, "matrix products": 32, "other operations": 200}
+    assert step.by_limit == {"launches": 2, "matrix products": 32, "functions": 200}
     half = timeline.predict(found, rates, {"all-reduce-start": 50.0}, part=0.5)
     assert half.computing == 2 + 16 + 5 * 20
     one_by_one = dataclasses.replace(rates, adds_up=True)

@@ -17,11 +17,14 @@ _NO_LAUNCH = frozenset(
 _DETERMINISTIC_CALLS = ("__cublas$gemm", "__cublas$lt$matmul", "__cub$DeviceRadixSort")
 _PRODUCT_CALLS = ("__cublas$gemm", "__cublas$lt$matmul")
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")  # of a TPU
-# Moves or names data, or is free once fused.
-_MOVES = frozenset(
-    "parameter constant tuple get-tuple-element bitcast broadcast iota reshape transpose copy "
-    "slice dynamic-slice concatenate pad gather reverse dynamic-update-slice".split()
-)
+# Functions that take longer than an addition -> how many exponentials long, on a CPU.
+_FUNCTIONS = {
+    **dict.fromkeys(("exponential", "exponential-minus-one", "log", "tanh", "logistic", "sqrt"), 1),
+    "log-plus-one": 2,
+    "rsqrt": 4,
+    **dict.fromkeys(("cosine", "sine", "cbrt", "erf"), 5),
+    "power": 9,
+}
 _PARTS = frozenset("slice dynamic-slice gather".split())
 
 
@@ -35,7 +38,7 @@ class Kernel:
       source: path in the traced function.
       times: how often a step launches it.
       product: floating-point operations in matrix products, each time.
-      other: numbers computed by everything else, each time.
+      functions: evaluations of exponentials and the like, in units of one, each time.
       bytes: read and written, each time; of an operand only the part that is read.
       waits_for: name of the kernel whose end it is, if it is the end of one.
     """
@@ -45,7 +48,7 @@ class Kernel:
     source: str
     times: int
     product: float
-    other: float
+    functions: float
     bytes: float
     waits_for: str = ""
 
@@ -59,7 +62,7 @@ def kernels_of(program: Program) -> list[Kernel]:
             source=instruction.source,
             times=times,
             product=_product_flops(program, instruction, computation),
-            other=_other_elements(program, instruction),
+            functions=_functions(program, instruction),
             bytes=_bytes(program, instruction, computation),
             waits_for=instruction.operands[0] if instruction.operation.endswith("-done") else "",
         )
@@ -153,18 +156,9 @@ def _depth_of_convolution(product: Instruction, left, right) -> float:
     return of_right["i"] * math.prod(max(1.0, ratio) for ratio in added)
 
 
-def _other_elements(program: Program, instruction: Instruction) -> float:
+def _functions(program: Program, instruction: Instruction) -> float:
     parts = _inside(program, instruction) or [(instruction, "")]
-    found = 0.0
-    for part, name in parts:
-        if part.operation in _MOVES or part.operation in ("dot", "convolution", "custom-call"):
-            continue
-        read = 0
-        if part.operation.startswith("reduce") and name:
-            shapes = {x.name: x.elements for x in program.computations[name]}
-            read = max((shapes[operand] for operand in part.operands), default=0)
-        found += max(part.elements, read)
-    return found
+    return sum(_FUNCTIONS.get(part.operation, 0) * part.elements for part, _ in parts)
 
 
 def _bytes(program: Program, instruction: Instruction, computation: str) -> float:

@@ -1,9 +1,9 @@
 """How long a compiled step would take: kernel after kernel, collectives beside them.
 
-A kernel takes the longest of: its launch, its matrix products, its other operations, the bytes that
-it moves. A collective that was started runs beside what follows, and only what is not done when
-its result is waited for counts. Peaks are of data sheets and no program reaches them, so a
-prediction is a range: `ASSUMPTIONS` say which share of each is reached.
+A kernel takes the longest of: its launch, its matrix products, its exponentials and the like, the
+bytes that it moves. A collective that was started runs beside what follows, and only what is not
+done when its result is waited for counts. Peaks are of data sheets and no program reaches them, so
+a prediction is a range: `ASSUMPTIONS` say which share of each is reached.
 """
 
 import collections
@@ -14,7 +14,7 @@ from demetar.speed.kernels import Kernel
 from demetar.speed.topology import Accelerator, Collective
 from demetar.speed.trace import phase_of
 
-LIMITS = ("launches", "matrix products", "other operations", "memory")
+LIMITS = ("launches", "matrix products", "functions", "memory")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,30 +47,35 @@ ASSUMPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a machine does, all in seconds: for each operation, number, byte and launch.
+    """What a machine does, all in seconds: for each operation, function, byte and launch.
 
     Attributes:
       product: of an operation in a matrix product.
-      other: of a number that anything else computes.
+      function: of an exponential.
       byte: of memory.
       launch: of a kernel, at least.
-      adds_up: whether a kernel's products, other operations and bytes are done one after the other,
+      cache: bytes; a kernel that moves no more finds them in a core's caches.
+      cached: what `byte` is multiplied by for such a kernel.
+      adds_up: whether a kernel's products, functions and bytes are done one after the other,
         as on a CPU, and not at once.
     """
 
     product: float
-    other: float
+    function: float
     byte: float
     launch: float
+    cache: float = 0.0
+    cached: float = 1.0
     adds_up: bool = False
 
     def seconds(self, kernel: Kernel, part: float = 1.0) -> tuple[float, str]:
         """Of one launch, and which of `LIMITS` it is; `part` of its work is done."""
+        byte = self.byte * (self.cached if kernel.bytes <= self.cache else 1)
         parts = (
             self.launch,
             part * kernel.product * self.product,
-            part * kernel.other * self.other,
-            part * kernel.bytes * self.byte,
+            part * kernel.functions * self.function,
+            part * kernel.bytes * byte,
         )
         longest = max(range(4), key=parts.__getitem__)
         total = max(self.launch, sum(parts[1:])) if self.adds_up else parts[longest]
@@ -106,7 +111,7 @@ def rates_of(chip: Accelerator, dtype: str, assumption: Assumption) -> Rates:
     peak = chip.peak_flops.get(dtype) or chip.peak_flops["float32"] / 16  # float64, about
     return Rates(
         product=1 / (assumption.product * peak),
-        other=1 / chip.other_flops if chip.other_flops else 0.0,
+        function=1 / chip.functions_per_s if chip.functions_per_s else 0.0,
         byte=1 / (assumption.memory * chip.memory_bytes_per_s),
         launch=assumption.launch * chip.launch_seconds,
     )

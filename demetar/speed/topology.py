@@ -33,7 +33,7 @@ class Accelerator:
       far_bytes_per_s: to others.
       chips_near: how many are near.
       launch_seconds: from the start of one kernel to that of the next, at least; a guess.
-      other_flops: what is no matrix product, operations/s; 0: not known, and taken for free.
+      functions_per_s: exponentials and the like; 0: not known, and taken for free.
       source: of these numbers, for a person.
       target_config: file beside this one that describes a GPU to the compiler.
     """
@@ -47,7 +47,7 @@ class Accelerator:
     chips_near: int
     launch_seconds: float
     source: str
-    other_flops: float = 0.0
+    functions_per_s: float = 0.0
     target_config: str = ""
 
 

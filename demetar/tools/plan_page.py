@@ -13,7 +13,7 @@ from demetar.tools.planner import Plan, size_text
 _REMEDIES = {
     "launches": "more graphs on a chip, or fewer kernels",
     "matrix products": "config.model.dtype=bfloat16",
-    "other operations": "config.model.dtype=bfloat16",
+    "functions": "fewer exponentials, cosines, powers",
     "memory": "config.model.dtype=bfloat16, or fewer and larger kernels",
 }
 
@@ -81,7 +81,7 @@ def _rows_predicted(plan: Plan) -> list[tuple[str, str]]:
         (
             "PREDICTED step",
             f"{likely * 1e3:.3f} ms, between {low * 1e3:.3f} and {high * 1e3:.3f}. Kernel by "
-            "kernel: the longest of launch, products, other operations and memory; collectives "
+            "kernel: the longest of launch, products, functions and memory; collectives "
             "beside them. The range: which share of a data sheet's peaks is reached "
             "(demetar/speed/timeline.py)",
         ),
@@ -130,9 +130,63 @@ def as_text(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
 
 
+def numbers_of(plan: Plan) -> dict:
+    """The plan as numbers, for a file; seconds, bytes and operations of one chip."""
+    config, largest = plan.experiment.config, plan.timeline()
+    seconds = {name: plan.step_seconds(name) for name in ASSUMPTIONS}
+    return {
+        "topology": plan.topology,
+        "batch": config.data.batch_size,
+        "type": config.model.dtype,
+        "parameters": plan.num_parameters,
+        "memory": plan.memory["all"],
+        "launches": plan.launches,
+        "products": plan.sum_of_kernels("product"),
+        "bytes": plan.sum_of_kernels("bytes"),
+        "collectives": len(plan.collectives),
+        "predicted": {
+            "step": seconds["likely"],
+            "step, best": seconds["best"],
+            "step, worst": seconds["worst"],
+            "graphs a second": config.data.batch_size / seconds["likely"],
+            "computing": largest.computing,
+            "waiting for collectives": largest.waiting,
+            "communicating": largest.communicating,
+            **{f"bound by {name}": spent for name, spent in sorted(largest.by_limit.items())},
+        },
+        "predicted_scaling": dict(plan.scaling()),
+        "predicted_costs": {
+            part: {"seconds": spent, "bound_by": limit}
+            for part, (spent, limit) in sorted(largest.by_part.items(), key=lambda x: -x[1][0])
+        },
+    }
+
+
+def comparison(names: list[str], plans: list[dict]) -> str:
+    """Two plans side by side, each number with the ratio of the second to the first."""
+    flat = [
+        {key: value for key, value in plan.items() if not isinstance(value, dict)}
+        | {f"predicted {key}": value for key, value in plan["predicted"].items()}
+        | {f"predicted efficiency, {n} chips": e for n, e in plan["predicted_scaling"].items()}
+        for plan in plans
+    ]
+    lines = [("", *names, "ratio")]
+    for key in flat[0] | flat[1]:
+        values = [one.get(key, "") for one in flat]
+        known = all(isinstance(value, int | float) and value for value in values)
+        text = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in values]
+        lines.append((key, *text, f"{values[1] / values[0]:.3f}" if known else ""))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
 def write_html(file: pathlib.Path, plan: Plan, rows: list[tuple[str, str]]) -> None:
     """The table, and a plot of the predicted weak scaling; one file, nothing to fetch."""
-    image = base64.b64encode(_picture(plan)).decode()
+    image = base64.b64encode(_picture(plan)).decode() if plan.scaling() else ""
+    plot = f'<img alt="predicted weak scaling" src="data:image/png;base64,{image}" width=640>'
     table = "\n".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
     )
@@ -143,7 +197,7 @@ def write_html(file: pathlib.Path, plan: Plan, rows: list[tuple[str, str]]) -> N
         "th{text-align:left;vertical-align:top;white-space:nowrap;padding:.3em 1em .3em 0}"
         "td{padding:.3em 0}</style>"
         f"<h1>{html.escape(plan.topology)}</h1><table>{table}</table>"
-        f'<img alt="predicted weak scaling" src="data:image/png;base64,{image}" width=640>\n'
+        f"{plot if image else ''}\n"
     )
 
 
