@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import random_graph
 
-from demetar.models import ops
+from demetar.models import fused_attention, ops
 from demetar.models.layers import cosine_cutoff, messages_of
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -37,6 +37,34 @@ def test_attention_whose_gradient_is_written_out():
     bias[..., 5:] = -1e30
     bias[:, :, 2] = -1e30  # a query that may attend to nothing
     same_value_and_gradients(ops.attend, ops.plain_attend, q, k, v, bias)
+
+
+@pytest.mark.parametrize("bias_shape", [(3, 21, 37), (3, 1, 37), (1, 21, 37), (1, 1, 37)])
+def test_attention_as_one_kernel(bias_shape):
+    """In Pallas's interpreter: no GPU has run it. Sizes that no block divides."""
+    rng = np.random.default_rng(0)
+    q, kv = rng.normal(size=(2, 21, 3, 12)), rng.normal(size=(2, 37, 3, 2, 12))
+    bias = rng.normal(size=(2, *bias_shape))
+    bias[..., 30:] = -1e30
+    bias[:, :, :1, :] = -1e30 if bias_shape[1] > 1 else bias[:, :, :1, :]
+    fused = lambda *arguments: fused_attention._attend(*arguments, 3.0, True)
+    plain = lambda *arguments: ops.plain_attend_heads(*arguments, 3.0)
+    same_value_and_gradients(fused, plain, q, kv, bias)
+
+
+def test_one_kernel_only_where_it_is_allowed_and_fits():
+    def is_fused(tokens=8, dtype=np.float32, on=True):
+        q, kv = np.ones((tokens, 2, 4), dtype), np.ones((tokens, 2, 2, 4), dtype)
+        with ops.fused(on):
+            traced = jax.make_jaxpr(ops.attend_heads, static_argnums=3)(
+                q, kv, np.ones((1, 1, tokens), dtype), 2.0
+            )
+        return "pallas_call" in str(traced)
+
+    assert is_fused()
+    assert not is_fused(on=False)
+    assert not is_fused(dtype=np.float64)
+    assert not is_fused(tokens=fused_attention.MAX_TOKENS + 1)
 
 
 def test_matrix_product_over_all_rows_of_a_batch():

@@ -160,23 +160,19 @@ class Attention(nn.Module):
         # No biases: one on the keys cancels in the softmax, and `out` has its own.
         dense = lambda features, name: Dense(features, use_bias=False, dtype=self.dtype, name=name)
         q_NxD = dense(width, "query")(query_NxD)
-        if self.scaling == "standard":
-            q_NxD = q_NxD / math.sqrt(head_width)
+        divisor = math.sqrt(head_width) if self.scaling == "standard" else 1.0
         # Columns head by head, so that a mesh can divide the heads.
         kv_MxD2 = dense(2 * width, "kv")(key_MxD)
         kv_MxHx2xd = kv_MxD2.reshape(-1, self.num_heads, 2, head_width)
-        k_MxHxd, v_MxHxd = kv_MxHx2xd[:, :, 0], kv_MxHx2xd[:, :, 1]
         if isinstance(bias, Links):
-            rows = lambda x_MxHxd: x_MxHxd.reshape(-1, width)
-            mixed_NxD = attend_along(q_NxD, rows(k_MxHxd), rows(v_MxHxd), bias, self.num_heads)
+            k_MxD, v_MxD = (kv_MxHx2xd[:, :, which].reshape(-1, width) for which in (0, 1))
+            mixed_NxD = attend_along(q_NxD / divisor, k_MxD, v_MxD, bias, self.num_heads)
         else:
-            wide = jnp.promote_types(self.dtype, jnp.float32)
-            shape = (self.num_heads, num_queries, len(key_MxD))
-            bias_HxNxM = jnp.broadcast_to(bias.astype(wide), shape)
-            heads = lambda x_NxHxd: x_NxHxd.swapaxes(0, 1)
             q_NxHxd = q_NxD.reshape(-1, self.num_heads, head_width)
-            mixed_HxNxd = ops.attend(heads(q_NxHxd), heads(k_MxHxd), heads(v_MxHxd), bias_HxNxM)
-            mixed_NxD = heads(mixed_HxNxd).reshape(num_queries, width)
+            bias = bias.astype(jnp.promote_types(self.dtype, jnp.float32))
+            bias = bias.reshape((1,) * (3 - bias.ndim) + bias.shape)
+            mixed_NxHxd = ops.attend_heads(q_NxHxd, kv_MxHx2xd, bias, divisor)
+            mixed_NxD = mixed_NxHxd.reshape(num_queries, width)
         if self.scaling == "blog":
             mixed_NxD = mixed_NxD / math.sqrt(width)
         return Dense(width, dtype=self.dtype, name="out")(mixed_NxD)

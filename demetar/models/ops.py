@@ -1,14 +1,18 @@
-"""Operations written for the CPU's compiler, each beside its plain form.
+"""Operations written for a compiler, each beside its plain form.
 
 A plain form is what anyone would write; the other computes the same (`tests/test_ops.py`) and is
-there because XLA's CPU backend is slow on the plain one. `benchmarks/changes.py` says what each
-buys. Both hold on any backend.
+there because XLA is slow on the plain one, mostly on a CPU. `benchmarks/changes.py` says what each
+buys. Both hold on any backend, but for what `fused` allows.
 """
 
+import contextlib
+import contextvars
 import functools
 
 import jax
 import jax.numpy as jnp
+
+from demetar.models import fused_attention
 
 Array = jax.Array
 
@@ -80,6 +84,40 @@ SELECTS = (select_rows.__name__, select_columns.__name__)
 
 
 # --- attention -----------------------------------------------------------------------------------
+
+
+def attend_heads(q_NxHxd: Array, kv_MxHx2xd: Array, bias: Array, divisor: float) -> Array:
+    """softmax(Q Kᵀ / divisor + bias) V of each head, `[N, H, d]`; bias [1 or H, 1 or N, M].
+
+    Inside `fused()` it is one kernel, where the sizes and types allow.
+    """
+    tokens = max(len(q_NxHxd), len(kv_MxHx2xd))
+    short = q_NxHxd.dtype.itemsize <= 4 and bias.dtype == jnp.float32
+    if _FUSED.get() and short and tokens <= fused_attention.MAX_TOKENS:
+        return fused_attention.attend_heads(q_NxHxd, kv_MxHx2xd, bias, divisor)
+    return plain_attend_heads(q_NxHxd, kv_MxHx2xd, bias, divisor)
+
+
+def plain_attend_heads(q_NxHxd: Array, kv_MxHx2xd: Array, bias: Array, divisor: float) -> Array:
+    """The same by `attend`, heads first."""
+    heads = lambda x_NxHxd: x_NxHxd.swapaxes(0, 1)
+    q_HxNxd = heads(q_NxHxd / divisor)
+    k_HxMxd, v_HxMxd = (heads(kv_MxHx2xd[:, :, which]) for which in (0, 1))
+    bias_HxNxM = jnp.broadcast_to(bias, (*q_HxNxd.shape[:2], bias.shape[-1]))
+    return heads(attend(q_HxNxd, k_HxMxd, v_HxMxd, bias_HxNxM))
+
+
+_FUSED = contextvars.ContextVar("fused", default=False)
+
+
+@contextlib.contextmanager
+def fused(on: bool):
+    """What is traced inside may use kernels that are written for GPUs alone."""
+    token = _FUSED.set(on)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
 
 
 def plain_attend(q_HxNxd: Array, k_HxMxd: Array, v_HxMxd: Array, bias_HxNxM: Array) -> Array:

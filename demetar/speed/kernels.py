@@ -13,9 +13,10 @@ _NO_LAUNCH = frozenset(
     "opt-barrier all-reduce-done all-gather-done reduce-scatter-done copy-done async-done "
     "slice-done async-update partition-id replica-id".split()
 )
-# Libraries whose results, with `xla_gpu_deterministic_ops`, are the same each time.
-_DETERMINISTIC_CALLS = ("__cublas$gemm", "__cublas$lt$matmul", "__cub$DeviceRadixSort")
 _PRODUCT_CALLS = ("__cublas$gemm", "__cublas$lt$matmul")
+_OURS = "__gpu$xla.gpu.triton"  # a kernel of demetar/models/fused_attention.py
+# Whose results, with `xla_gpu_deterministic_ops`, are the same each time.
+_DETERMINISTIC_CALLS = (*_PRODUCT_CALLS, "__cub$DeviceRadixSort", _OURS)
 _FREE_CALLS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast")  # of a TPU
 # Functions that take longer than an addition -> how many exponentials long, on a CPU.
 _FUNCTIONS = {
@@ -122,12 +123,23 @@ def _inside(program: Program, instruction: Instruction) -> list[tuple[Instructio
 
 
 def _product_flops(program: Program, instruction: Instruction, computation: str) -> float:
+    if instruction.target == _OURS:
+        return _flops_of_attention(program, instruction, computation)
     parts = _inside(program, instruction) or [(instruction, computation)]
     return sum(
         _flops_of_product(program, part, name)
         for part, name in parts
         if part.operation in ("dot", "convolution") or part.target in _PRODUCT_CALLS
     )
+
+
+def _flops_of_attention(program: Program, attention: Instruction, computation: str) -> float:
+    """Two products forward, five backward, where the weights are computed again."""
+    shapes = {x.name: x.arrays[0][1] for x in program.computations[computation] if x.arrays}
+    # [..., N, H, d] and [..., M, H, 2, d].
+    queries, keys = (shapes[name] for name in attention.operands[:2])
+    products = 2 if len(attention.arrays) == 1 else 5
+    return 2.0 * products * math.prod(queries) * keys[-4]
 
 
 def _flops_of_product(program: Program, product: Instruction, computation: str) -> float:
@@ -168,6 +180,8 @@ def _bytes(program: Program, instruction: Instruction, computation: str) -> floa
         # A copy: what it reads is among its results, whole even if a part is taken.
         return min(bytes_of([array]) for array in instruction.arrays[:2])
     sizes = {x.name: x.moved for x in program.computations[computation]}
+    if instruction.target == _OURS:  # which is given keys and values twice
+        return sum(sizes[name] for name in set(instruction.operands)) + instruction.moved
     read = [sizes.get(operand, 0.0) for operand in instruction.operands]
     written = instruction.moved
     if instruction.operation == "fusion":

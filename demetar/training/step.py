@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.graph import Array, Graph
 from demetar.job.watch import UNWATCHED, Unwatched, Watch
-from demetar.models import predict
+from demetar.models import ops, predict
 from demetar.models.base import GraphModel
 from demetar.training import sharding
 from demetar.training.gradients import global_norm, order_of_backward, sum_gradients
@@ -134,9 +134,16 @@ def make_eval_step(model: GraphModel, mesh: Mesh, param_specs, objective: Object
 
 def _on_each_device(function, mesh: Mesh, *, in_specs, out_specs):
     """`jax.shard_map` over the batch axes; an axis `model` stays the compiler's."""
+    # Kernels of ours: the compiler cannot divide them over `model`.
+    is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+    def traced(*args):
+        with ops.fused(is_gpu and mesh.shape["model"] == 1):
+            return function(*args)
+
     batch_axes_alone = lambda spec: P(*(a if a != "model" else None for a in spec))
     return jax.shard_map(
-        function,
+        traced,
         mesh=mesh,
         in_specs=jax.tree.map(batch_axes_alone, in_specs),
         out_specs=jax.tree.map(batch_axes_alone, out_specs),
