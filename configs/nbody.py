@@ -65,7 +65,7 @@ _MANY = {
     "glad_20": (20, 16_000, 8),
     "glad_50": (10, 32_000, 8),
     "glad_100": (10, 32_000, 8),
-    "gravity_100": (10, 32_000, 8),
+    "gravity_100": (10, 16_000, 4),
 }
 _PROTOCOLS = ("blog", "fuchs", "general", *_MANY)  # "egnn" is the default, and the name of a model
 
@@ -132,6 +132,9 @@ def _many(config: ConfigDict) -> None:
     if config.model.name == "demetar_e3":
         config.data.neighbors = neighbors
         config.model.field_kernels = 4
+        if config.data.protocol.startswith("gravity"):
+            # Every particle pulls on every other: the field does most, in 160 steps of time.
+            config.model.update({"rounds": 8, "field_steps": 20, "field_kernels": 2})
 
 
 def _quick(config: ConfigDict) -> None:
