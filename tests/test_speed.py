@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import REPOSITORY, load_module
 from test_models import VARIANTS, build, graph_for, loss_and_gradients
 from test_plan import trainer_on
 
@@ -362,3 +363,31 @@ def test_profile_looks_at_one_process(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match="one process, but TPU started 4"):
         profiler.check_alone(Place("TPU", None, None))
+
+
+# --- the first day on an accelerator -------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["machine", "numbers", "symmetry", "attention", "resume", "speed"])
+def test_a_part_of_the_first_day_on_this_cpu(part):
+    """A part in a process of its own, as on the day."""
+    script = load_module(REPOSITORY / "benchmarks" / "accelerator.py")
+    found = script.run_part(part, seconds=20.0)
+    assert found.get("good", True), found
+    if part == "speed":
+        row = found["rows"][0]
+        assert row["seconds"] > 0 and row["launches"] > 0 and 0 < row["share_of_peak"] < 1
+
+
+def test_a_part_that_fails_is_on_the_page_of_the_first_day(tmp_path, monkeypatch):
+    script = load_module(REPOSITORY / "benchmarks" / "accelerator.py")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    machine = script.machine(None)
+    failed = {"good": False, "error": ["Traceback", "RuntimeError: no memory"]}
+    parts = {"machine": machine, "numbers": failed, "attention": script.attention(None)}
+    parts = {name: part | {"took": 1.0} for name, part in parts.items()}
+    script.write_page({"command": "this test", "git_commit": "none", "parts": parts})
+    page = (tmp_path / "page.md").read_text()
+    assert "| numbers | **no** | 1 | RuntimeError: no memory |" in page
+    assert f"jax {jax.__version__}" in page and "our kernel is for GPUs" in page
