@@ -65,7 +65,7 @@ _MANY = {
     "glad_20": (20, 16_000, 8),
     "glad_50": (10, 32_000, 8),
     "glad_100": (10, 32_000, 8),
-    "gravity_100": (10, 16_000, 4),
+    "gravity_100": (10, 8_000, 4),
 }
 _PROTOCOLS = ("blog", "fuchs", "general", *_MANY)  # "egnn" is the default, and the name of a model
 

@@ -12,7 +12,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["results/plans"]
+exclude_patterns: list[str] = []
 templates_path: list[str] = []
 
 # Markdown
