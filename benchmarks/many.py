@@ -3,6 +3,7 @@
     python benchmarks/many.py --rows=ours           train (or go on with) a group of rows
     python benchmarks/many.py --floor=glad_20       the least error of an equivariant model
     python benchmarks/many.py --cost                time of forward and backward against particles
+    python benchmarks/many.py --before=0c2ec6f      training a hundred, beside an older commit's
     python benchmarks/rollout.py                    ten predictions, each from the last
 
 Groups: ours, near, egnn, rollout; or rows by name, comma-separated. Every row is one run of
@@ -13,6 +14,11 @@ Rows of `near` and `egnn` take as many steps of as many systems as the row of `o
 """
 
 import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -130,12 +136,64 @@ def measure_cost() -> dict:
     }
 
 
+# --- before and after ----------------------------------------------------------------------------
+
+_HUNDRED = [
+    "--config.data.general.num_particles=100",
+    "--config.data.general.num_train=200",
+    "--config.data.general.num_validation=10",
+    "--config.data.general.num_test=10",
+    "--config.log.every_steps=1",
+    "--config.train.eval_every=1000000",
+    "--config.optim.warmup_steps=1",
+]
+# As each commit's config trains: one batch of a hundred systems of all pairs, or ten near and far.
+_OLD = ["--config.data.general.horizon_steps=100", "--config.train.num_steps=4"]
+_NEW = [
+    "--config.data.general.horizon_steps=(100,)",
+    "--config.train.num_steps=60",
+    "--config.data.batch_size=10",
+    "--config.data.neighbors=8",
+    "--config.model.field_kernels=4",
+]
+
+
+def measure_before_and_after(commit: str) -> dict:
+    """Systems a second of training a hundred charges on all cores, here and in an older commit."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        old = pathlib.Path(folder) / "old"
+        subprocess.run(["git", "worktree", "add", "-q", old, commit], cwd=ROOT, check=True)
+        try:
+            for name, root, flags in (("after", ROOT, _NEW), ("before", old, _OLD)):
+                command = ["-m", "demetar.main", "--config=configs/nbody.py:general,e3"]
+                command += [*_HUNDRED, *flags, f"--workdir={folder}/{name}"]
+                done = subprocess.run(
+                    [sys.executable, *command],
+                    cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, check=True,
+                    capture_output=True, text=True,
+                )  # fmt: skip
+                found = [float(x) for x in re.findall(r"([\d.]+) systems/s,", done.stderr)]
+                rates[name] = float(np.median(found[1:]))  # the first waits for the compiler
+                print(f"{name}: {rates[name]:g} systems/s", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
+    return {
+        "command": f"python benchmarks/many.py --before={commit}",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "before_commit": commit,
+        "systems_per_second": rates,
+        "ratio": rates["after"] / rates["before"],
+    }
+
+
 def main() -> None:
     parser = STUDY.parser(__doc__)
     choices = [name for name in PROTOCOLS if name.startswith("glad_")]
     parser.add_argument("--floor", choices=choices, help="measure the floor of its systems")
     parser.add_argument("--systems", type=int, default=200, help="of each part, for the floor")
     parser.add_argument("--cost", action="store_true", help="measure the cost of a step")
+    parser.add_argument("--before", metavar="COMMIT", help="beside which training is timed")
     options = parser.parse_args()
     STUDY.train_rows(options.rows, options.cores)
     if options.floor:
@@ -144,6 +202,8 @@ def main() -> None:
         STUDY.keep(f"floor-{options.floor}", {"command": command} | floor)
     if options.cost:
         STUDY.keep("cost", measure_cost())
+    if options.before:
+        STUDY.keep("before", measure_before_and_after(options.before))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,20 @@ def _table_cost() -> list[str]:
     return lines
 
 
+def _before() -> list[str]:
+    """What training was before cost became linear."""
+    if not (found := STUDY.read("before")):
+        return []
+    rates = found["systems_per_second"]
+    return [
+        f"Training a hundred charges on {found['machine']}, one run after the other: "
+        f"**{rates['after']:,.0f} systems a second**, {rates['before']:,.1f} at commit "
+        f"{found['before_commit']}, where cost grew with the third power: {found['ratio']:,.0f} "
+        "times. Each with the edges and the batch of its config: all pairs and 100 systems then, "
+        "8 neighbours, the field and 10 systems now."
+    ]
+
+
 def _plots() -> None:
     import matplotlib
 
@@ -131,12 +145,13 @@ def write_page() -> None:
     """docs/results/many.md and its pictures, from the JSON files alone."""
     text = (ROOT / "benchmarks" / "many_page.md").read_text()
     commands = [x["command"] for row in ROWS if (x := STUDY.read(row.name))]
-    others = (*(f"floor-{task}" for task in TASKS), "cost", "rollout")
+    others = (*(f"floor-{task}" for task in TASKS), "cost", "before", "rollout")
     commands += [x["command"] for name in others if (x := STUDY.read(name))]
     for key, lines in {
         "errors": _table_errors(),
         "runs": _table_runs(),
         "cost": _table_cost(),
+        "before": _before(),
         "commands": ["```", *commands, "```"],
     }.items():
         text = text.replace("{{" + key + "}}", "\n".join(lines))
