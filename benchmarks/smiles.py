@@ -18,6 +18,7 @@ import string
 import numpy as np
 from ours import keep
 
+from data_pipelines.edges import rows_of
 from data_pipelines.molecules.record import Molecule
 from data_pipelines.prepared import default_cache_dir
 from data_pipelines.registry import load_dataset
@@ -67,7 +68,7 @@ def _test_part(geometry: str, cache_dir: str) -> tuple[dict[int, Molecule], dict
     molecules, labels = {}, {}
     for g in dataset.split["test"].tolist():
         atoms = slice(*arrays.node_offset[g : g + 2])
-        bonds = arrays.edges[slice(*arrays.edge_offset[g : g + 2])]
+        bonds = rows_of(arrays.edges, np.array([g]))
         index = int(arrays.index[g])
         numbers, positions = arrays.atomic_number[atoms], arrays.position[atoms]
         molecules[index] = Molecule(index, numbers, positions, bonds, 0, 1, geometry, "smiles")

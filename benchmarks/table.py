@@ -32,6 +32,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from data_pipelines.edges import rows_of
 from data_pipelines.json_text import json_text
 
 SMOKE = bool(os.environ.get("SMOKE"))
@@ -327,9 +328,8 @@ def _nmp_peer():
 
         def assemble(self, arrays, graphs):
             flat = Flat(arrays, graphs)
-            starts, ends = arrays.edge_offset[graphs], arrays.edge_offset[graphs + 1]
-            rows = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
-            kind = torch.from_numpy(arrays.edges[rows, 2].astype(np.int64)).repeat(2)
+            edges = rows_of(arrays.edges, graphs)
+            kind = torch.from_numpy(edges[:, 2].astype(np.int64)).repeat(2)
             bond = nn.functional.one_hot(kind, 5)[:, 1:].float()
             one, other = flat.position[flat.edges[0]], flat.position[flat.edges[1]]
             flat.edge_feature = torch.cat([bond, (one - other).norm(dim=1, keepdim=True)], dim=1)

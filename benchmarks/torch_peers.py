@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from data_pipelines.edges import rows_of
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "tests" / "golden" / "egnn_qm9.npz"
 CUTOFF = 5.0  # angstrom, of SchNet, ViSNet and the transformer
 
@@ -115,12 +117,9 @@ class Flat:
         self.position = torch.from_numpy(arrays.position[atoms].astype(np.float32))
         self.batch = torch.from_numpy(np.repeat(np.arange(len(graphs)), ends - starts))
         first = np.concatenate([[0], np.cumsum(ends - starts)[:-1]])
-        edge_starts, edge_ends = arrays.edge_offset[graphs], arrays.edge_offset[graphs + 1]
-        rows = np.concatenate(
-            [np.arange(a, b) for a, b in zip(edge_starts, edge_ends, strict=True)]
-        )
-        shift = np.repeat(first, edge_ends - edge_starts)
-        one, other = (arrays.edges[rows, k].astype(np.int64) + shift for k in (0, 1))
+        edges = rows_of(arrays.edges, graphs)
+        shift = np.repeat(first, arrays.edges.counts[graphs])
+        one, other = (edges[:, k].astype(np.int64) + shift for k in (0, 1))
         self.edges = torch.from_numpy(
             np.stack([np.concatenate([one, other]), np.concatenate([other, one])])
         )

@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from data_pipelines.batch_plan import BatchPlan, Bucket, Sizes
+from data_pipelines.edges import PairEdges, StoredEdges
 from data_pipelines.graph import Graph
 
 
@@ -25,8 +26,7 @@ class GraphArrays:
       node_offset: [G + 1] int64.
       atomic_number: [nodes] uint8.
       position: [nodes, 3] float.
-      edge_offset: [G + 1] int64.
-      edges: [edges, 3] uint16, rows (sender, receiver, BondType).
+      edges: of the graphs.
       graph_labels: name of a target -> [G] float; NaN where a label is missing.
       node_labels: name of a target -> [nodes] or [nodes, 3] float; NaN likewise.
       velocity: [nodes, 3] float, or None.
@@ -40,8 +40,7 @@ class GraphArrays:
     node_offset: np.ndarray
     atomic_number: np.ndarray
     position: np.ndarray
-    edge_offset: np.ndarray
-    edges: np.ndarray
+    edges: StoredEdges | PairEdges
     graph_labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     node_labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     velocity: np.ndarray | None = None
@@ -53,7 +52,7 @@ class GraphArrays:
     @functools.cached_property
     def sizes(self) -> Sizes:
         """Nodes and edges of each graph."""
-        return Sizes(np.diff(self.node_offset), np.diff(self.edge_offset))
+        return Sizes(np.diff(self.node_offset), self.edges.counts)
 
     @functools.cached_property
     def incomplete(self) -> frozenset[str]:
@@ -75,18 +74,18 @@ def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:
     real_B = graphs_B >= 0
     g_B = np.where(real_B, graphs_B, 0)
 
-    def rows_of(offset_G, slots):
+    def padded(start_B, count_B, slots):
         """Row numbers [B, slots] into a flat array, and which slots hold a row."""
-        start_B = offset_G[g_B]
-        count_B = np.where(real_B, offset_G[g_B + 1] - start_B, 0)
-        mask = np.arange(slots) < count_B[:, None]
+        mask = np.arange(slots) < np.where(real_B, count_B, 0)[:, None]
         return np.where(mask, start_B[:, None] + np.arange(slots), 0), mask
 
-    node, node_mask = rows_of(arrays.node_offset, bucket.num_nodes)
-    edge, edge_mask = rows_of(arrays.edge_offset, bucket.num_edges)
+    first_B = arrays.node_offset[g_B]
+    node, node_mask = padded(first_B, arrays.node_offset[g_B + 1] - first_B, bucket.num_nodes)
+    start_B, count_B, rows = arrays.edges.of(g_B)
+    edge, edge_mask = padded(start_B, count_B, bucket.num_edges)
     edges_BxEx3 = np.zeros((*edge.shape, 3), np.int32)
-    if len(arrays.edges):
-        edges_BxEx3 = np.where(edge_mask[..., None], arrays.edges[edge], 0).astype(np.int32)
+    if len(rows):
+        edges_BxEx3 = np.where(edge_mask[..., None], rows[edge], 0).astype(np.int32)
 
     def masked(values, mask):
         """In the type of a batch, 0 where there is nothing."""

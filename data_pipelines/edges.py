@@ -1,18 +1,120 @@
-"""Which pairs of atoms become edges, decided once for the whole data set, on the host."""
+"""Which pairs of atoms become edges, on the host, for each batch anew.
+
+A data set keeps bonds and positions, and how many edges each molecule has: the shapes of batches
+follow from that. Which they are is found when a batch is gathered, so ten million molecules need no
+more memory and no more time at the start than their bonds and positions do.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import math
+import pathlib
+from typing import Any
 
 import numpy as np
 
 from data_pipelines.bonds import BondType
 from data_pipelines.errors import check_known
+from data_pipelines.json_text import json_text
+from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.ranges import POSITIVE, check_range
 
 EDGE_KINDS = ("bonds", "cutoff", "complete")
+_AT_ONCE = 2_048  # molecules whose pairs are counted together
+_MANY = 10_000  # molecules; the counts of as many are kept
 
 
-def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of every molecule: `(offset [G + 1] int64, rows [sum, 3] uint16)`.
+@dataclasses.dataclass(frozen=True)
+class StoredEdges:
+    """Edges that are there.
 
-    A row is (sender, receiver, BondType) with sender < receiver; each pair stands once.
+    Attributes:
+      offset: [G + 1], where the rows of each graph begin.
+      rows: [E, 3], (sender, receiver, BondType) with sender < receiver; each pair once.
+    """
+
+    offset: np.ndarray
+    rows: np.ndarray
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Edges of each graph, [G]."""
+        return np.diff(self.offset)
+
+    def of(self, graphs_g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`(start [g], count [g], rows)`: graph k has `rows[start : start + count]`."""
+        start_g = self.offset[graphs_g]
+        return start_g, self.offset[graphs_g + 1] - start_g, self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class PairEdges:
+    """All pairs closer than a distance, and all bonds.
+
+    Attributes:
+      molecules: a `MoleculeArrays`.
+      cutoff: angstrom; infinite: all pairs.
+      known_counts: what `counts` is, where it has been counted.
+    """
+
+    molecules: Any
+    cutoff: float
+    known_counts: np.ndarray | None = None
+
+    @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """Edges of each graph, [G]."""
+        if self.known_counts is not None:
+            return self.known_counts
+        num_nodes_G = np.diff(self.molecules.node_offset)
+        if math.isinf(self.cutoff):
+            return num_nodes_G * (num_nodes_G - 1) // 2
+        order, found = np.argsort(num_nodes_G, kind="stable"), np.zeros(len(num_nodes_G), np.int64)
+        for first in range(0, len(order), _AT_ONCE):
+            graphs = order[first : first + _AT_ONCE]
+            found[graphs] = self.of(graphs)[1]
+        return found
+
+    def of(self, graphs_g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `StoredEdges.of`; rows of a graph are sorted."""
+        molecules = self.molecules
+        first_g = molecules.node_offset[graphs_g]
+        count_g = molecules.node_offset[graphs_g + 1] - first_g
+        slots = np.arange(count_g.max(initial=0))
+        inside_gxN = slots < count_g[:, None]
+        types_gxNxN = self._bond_types(graphs_g, len(slots))
+        keep_gxNxN = inside_gxN[:, :, None] & inside_gxN[:, None] & (slots[:, None] < slots)
+        if not math.isinf(self.cutoff):
+            x_gxNx3 = molecules.position[np.where(inside_gxN, first_g[:, None] + slots, 0)]
+            square_gxNxN = sum(
+                np.square(x_gxNx3[:, :, None, c] - x_gxNx3[:, None, :, c]) for c in range(3)
+            )
+            keep_gxNxN &= (square_gxNxN < self.cutoff**2) | (types_gxNxN != BondType.NONE)
+        g, i, j = np.nonzero(keep_gxNxN)
+        rows = np.stack([i, j, types_gxNxN[g, i, j]], axis=1).astype(np.uint16)
+        edges_g = np.bincount(g, minlength=len(graphs_g))
+        return np.cumsum(edges_g) - edges_g, edges_g, rows
+
+    def _bond_types(self, graphs_g: np.ndarray, num_nodes: int) -> np.ndarray:
+        """BondType of each pair (sender, receiver), [g, N, N]."""
+        types_gxNxN = np.full((len(graphs_g), num_nodes, num_nodes), BondType.NONE, np.uint8)
+        bonds = StoredEdges(self.molecules.bond_offset, self.molecules.bonds)
+        graph_b = np.repeat(np.arange(len(graphs_g)), bonds.counts[graphs_g])
+        i_b, j_b, type_b = rows_of(bonds, graphs_g).T
+        types_gxNxN[graph_b, i_b, j_b] = type_b
+        return types_gxNxN
+
+
+def rows_of(edges: StoredEdges | PairEdges, graphs_g: np.ndarray) -> np.ndarray:
+    """The edges of some graphs, one graph after the other, [e, 3]."""
+    start_g, count_g, rows = edges.of(graphs_g)
+    before_g = np.cumsum(count_g) - count_g
+    return rows[np.arange(count_g.sum()) + np.repeat(start_g - before_g, count_g)]
+
+
+def make_edges(molecules, kind: str, cutoff: float) -> StoredEdges | PairEdges:
+    """Edges of molecules.
 
     Args:
       molecules: a `MoleculeArrays`.
@@ -23,33 +125,29 @@ def build_edges(molecules, kind: str, cutoff: float) -> tuple[np.ndarray, np.nda
     if kind == "cutoff":
         check_range("config.data.edge_cutoff", cutoff, POSITIVE)
     if kind == "bonds":
-        return molecules.bond_offset, molecules.bonds
-    num_nodes_G = np.diff(molecules.node_offset)
-    graph_of_bond = np.repeat(np.arange(len(num_nodes_G)), np.diff(molecules.bond_offset))
-    graphs, rows = [], []
-    for n in np.unique(num_nodes_G):
-        members_g = np.flatnonzero(num_nodes_G == n)
-        sender_P, receiver_P = np.triu_indices(n, 1)
-        type_gxP = np.zeros((len(members_g), len(sender_P)), np.uint16)
-        of_member = num_nodes_G[graph_of_bond] == n
-        bonds = molecules.bonds[of_member].astype(np.int64)
-        pair_number = np.zeros((n, n), np.int64)
-        pair_number[sender_P, receiver_P] = np.arange(len(sender_P))
-        type_gxP[
-            np.searchsorted(members_g, graph_of_bond[of_member]),
-            pair_number[bonds[:, 0], bonds[:, 1]],
-        ] = bonds[:, 2]
-        keep_gxP = np.ones_like(type_gxP, bool)
-        if kind == "cutoff":
-            x_gxNx3 = molecules.position[molecules.node_offset[members_g, None] + np.arange(n)]
-            square_gxP = sum(
-                (x_gxNx3[:, sender_P, c] - x_gxNx3[:, receiver_P, c]) ** 2 for c in range(3)
-            )
-            keep_gxP = (square_gxP < cutoff**2) | (type_gxP != BondType.NONE)
-        g, p = np.nonzero(keep_gxP)
-        graphs.append(members_g[g])
-        rows.append(np.stack([sender_P[p], receiver_P[p], type_gxP[g, p]], 1).astype(np.uint16))
-    graph_E = np.concatenate(graphs)
-    order = np.argsort(graph_E, kind="stable")
-    counts = np.bincount(graph_E, minlength=len(num_nodes_G))
-    return np.concatenate([[0], np.cumsum(counts)]), np.concatenate(rows)[order]
+        return StoredEdges(molecules.bond_offset, molecules.bonds)
+    return PairEdges(molecules, cutoff if kind == "cutoff" else math.inf)
+
+
+def load_edges(
+    molecules, kind: str, cutoff: float, passport: dict, cache_dir: str
+) -> StoredEdges | PairEdges:
+    """`make_edges` of a data set; how many each of many molecules has is counted once and kept.
+
+    Args:
+      molecules, kind, cutoff: of `make_edges`.
+      passport: of the molecules, which says what they are.
+      cache_dir: for what is kept; "": the default one.
+    """
+    edges = make_edges(molecules, kind, cutoff)
+    if kind != "cutoff" or len(molecules.node_offset) < _MANY:
+        return edges
+    facts = {"molecules": passport, "edge_cutoff": cutoff}
+    name = hashlib.sha256(json_text(facts).encode()).hexdigest()[:12]
+    folder = pathlib.Path(cache_dir or default_cache_dir()) / "edge_counts" / name
+
+    def build(building: pathlib.Path) -> None:
+        write(building, {"counts": edges.counts.astype(np.uint32)}, facts)
+
+    arrays, _ = prepare(folder, build, "4 bytes for each molecule")
+    return dataclasses.replace(edges, known_counts=arrays["counts"].astype(np.int64))

@@ -15,6 +15,7 @@ from data_pipelines.batch_plan import (
     buckets_with_limits,
     choose_buckets,
 )
+from data_pipelines.edges import rows_of
 from data_pipelines.errors import UserError
 
 
@@ -139,7 +140,7 @@ def test_batches_hold_what_the_plan_says(dataset, steps):
                 assert n == e == batch.index[row] == 0
                 continue
             atoms = slice(arrays.node_offset[g], arrays.node_offset[g + 1])
-            edges = arrays.edges[arrays.edge_offset[g] : arrays.edge_offset[g + 1]]
+            edges = rows_of(arrays.edges, np.array([g]))
             np.testing.assert_array_equal(batch.position[row, :n], arrays.position[atoms])
             np.testing.assert_array_equal(batch.atomic_number[row, :n], arrays.atomic_number[atoms])
             np.testing.assert_array_equal(batch.senders[row, :e], edges[:, 0])

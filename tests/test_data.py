@@ -15,7 +15,7 @@ import pytest
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import GraphArrays, gather
 from data_pipelines.bonds import Agreement, BondType, find_bonds
-from data_pipelines.edges import build_edges
+from data_pipelines.edges import PairEdges, load_edges, make_edges, rows_of
 from data_pipelines.elements import atomic_number, atomic_weights, covalent_radii, symbols
 from data_pipelines.errors import UserError
 from data_pipelines.qm9 import node_features, preparation, sources
@@ -276,7 +276,7 @@ def test_geometry_decides_where_the_smiles_does_not_fit():
 @pytest.mark.parametrize("kind", ["bonds", "cutoff", "complete"])
 def test_edges_of_each_kind(sample, kind):
     molecules, _ = sample
-    offset, edges = build_edges(molecules, kind, cutoff=2.5)
+    edges = make_edges(molecules, kind, cutoff=2.5)
     for g in (0, 17, 499):
         n0, n1 = molecules.node_offset[g : g + 2]
         x = molecules.position[n0:n1]
@@ -289,20 +289,36 @@ def test_edges_of_each_kind(sample, kind):
             for j in range(i + 1, n1 - n0)
             if kind == "complete" or (i, j) in types or (kind == "cutoff" and distance[i, j] < 2.5)
         }
-        rows = edges[offset[g] : offset[g + 1]]
+        rows = rows_of(edges, np.array([g]))
         assert {(int(i), int(j)): int(t) for i, j, t in rows} == expected
-        assert len(rows) == len(expected)
+        assert len(rows) == len(expected) == edges.counts[g]
+    some = np.array([499, 3, 3, 17])
+    parts = [rows_of(edges, np.array([g])) for g in some]
+    np.testing.assert_array_equal(rows_of(edges, some), np.concatenate(parts))
+
+
+def test_numbers_of_edges_are_counted_once(sample, tmp_path, monkeypatch):
+    molecules, passport = sample
+    monkeypatch.setattr("data_pipelines.edges._MANY", 100)
+    first = load_edges(molecules, "cutoff", 2.5, passport, str(tmp_path))
+    counts = make_edges(molecules, "cutoff", 2.5).counts
+    np.testing.assert_array_equal(first.counts, counts)
+    monkeypatch.setattr(PairEdges, "of", None)  # nothing can be counted now
+    again = load_edges(molecules, "cutoff", 2.5, passport, str(tmp_path))
+    np.testing.assert_array_equal(again.counts, counts)
+    with pytest.raises(TypeError):
+        load_edges(molecules, "cutoff", 2.6, passport, str(tmp_path))
 
 
 def test_unknown_edges():
     with pytest.raises(UserError, match="Did you mean 'bonds'"):
-        build_edges(None, "bond", 1.0)
+        make_edges(None, "bond", 1.0)
 
 
 @pytest.mark.parametrize("cutoff", [0.0, -1.0, float("nan"), float("inf")])
 def test_cutoffs_that_are_none(cutoff):
     with pytest.raises(UserError, match=f"config.data.edge_cutoff is {cutoff}, but must be a fin"):
-        build_edges(None, "cutoff", cutoff)
+        make_edges(None, "cutoff", cutoff)
 
 
 # --- features of atoms ---------------------------------------------------------------------------
@@ -576,12 +592,14 @@ def test_more_than_255_atoms():
         node_offset=np.array([0, n]), position=positions, bonds=bonds,
         bond_offset=np.array([0, len(bonds)]),
     )  # fmt: skip
-    offset, edges = build_edges(molecule, "cutoff", 3.1)
-    assert len(edges) == 2 * n - 3 and edges[-1].tolist() == [n - 2, n - 1, BondType.SINGLE]
+    edges = make_edges(molecule, "cutoff", 3.1)
+    rows = rows_of(edges, np.array([0]))
+    assert edges.counts.tolist() == [2 * n - 3]
+    assert rows[-1].tolist() == [n - 2, n - 1, BondType.SINGLE]
     arrays = GraphArrays(
-        np.array([1]), np.array([0, n]), numbers.astype(np.uint8), positions, offset, edges
+        np.array([1]), np.array([0, n]), numbers.astype(np.uint8), positions, edges
     )
-    batch = gather(arrays, np.array([0]), Bucket(n, len(edges)))
+    batch = gather(arrays, np.array([0]), Bucket(n, len(rows)))
     assert batch.receivers.max() == n - 1 and batch.edge_mask.all()
 
 

@@ -11,6 +11,7 @@ from data_pipelines import batching
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset
+from data_pipelines.edges import StoredEdges
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target
 from demetar.training.evaluator import Outcome
@@ -43,8 +44,7 @@ def labelled_arrays(num_graphs=6, missing=(), seed=0):
         node_offset=offset,
         atomic_number=np.ones(nodes, np.uint8),
         position=rng.normal(size=(nodes, 3)),
-        edge_offset=np.zeros(num_graphs + 1, int),
-        edges=np.zeros((0, 3), np.uint16),
+        edges=StoredEdges(np.zeros(num_graphs + 1, int), np.zeros((0, 3), np.uint16)),
         graph_labels={"energy": 5.0 * sizes + rng.normal(size=num_graphs), "gap": gap},
         node_labels={"charge": rng.normal(size=nodes), "force": rng.normal(size=(nodes, 3))},
     )

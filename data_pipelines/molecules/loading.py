@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import PARTS, Dataset, make_buckets, training_mean
-from data_pipelines.edges import build_edges
+from data_pipelines.edges import load_edges
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.molecules import preparation, references
@@ -62,15 +62,13 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
     elements = tuple(int(z) for z in np.unique(molecules.atomic_number))
     targets = tuple(_target(column, molecules, options) for column in columns)
     labels, found = _labels(molecules, targets, elements, parts, options)
-    edge_offset, edge_rows = build_edges(molecules, options.edges, options.edge_cutoff)
     sizes = np.diff(molecules.node_offset)
     arrays = GraphArrays(
         index=molecules.index,
         node_offset=molecules.node_offset,
         atomic_number=molecules.atomic_number,
         position=molecules.position,
-        edge_offset=edge_offset,
-        edges=edge_rows,
+        edges=load_edges(molecules, options.edges, options.edge_cutoff, passport, cache_dir),
         graph_labels=labels,
         node_labels={t.name: molecules.node_labels[t.name] for t in targets if t.per_node},
         charge=np.repeat(molecules.charge, sizes) if options.charges == "embed" else None,

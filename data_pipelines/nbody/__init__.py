@@ -4,6 +4,7 @@ import numpy as np
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets
+from data_pipelines.edges import StoredEdges
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.nbody import preparation
 from data_pipelines.nbody.pairs import edges_of
@@ -113,8 +114,7 @@ def arrays_of(
         node_offset=np.arange(number + 1) * n,
         atomic_number=np.ones(number * n, np.uint8),
         position=position_GxNx3.reshape(-1, 3),
-        edge_offset=edges[0],
-        edges=edges[1],
+        edges=StoredEdges(*edges),
         velocity=velocity_GxNx3.reshape(-1, 3),
         charge=charge_GxN.ravel(),
         **more,

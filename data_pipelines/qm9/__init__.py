@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets, training_mean
-from data_pipelines.edges import build_edges
+from data_pipelines.edges import load_edges
 from data_pipelines.errors import UserError
 from data_pipelines.qm9 import geometry as geometries
 from data_pipelines.qm9 import node_features as atoms
@@ -56,15 +56,13 @@ def load(
     molecules, parts, passport = geometries.load(
         geometry, molecules, parts, passport, source, path, cache_dir
     )
-    edge_offset, edge_rows = build_edges(molecules, edges, edge_cutoff)
     graph_labels = labels(rows, molecules.properties, molecules.composition())
     arrays = GraphArrays(
         index=molecules.index,
         node_offset=molecules.node_offset,
         atomic_number=molecules.atomic_number,
         position=molecules.position,
-        edge_offset=edge_offset,
-        edges=edge_rows,
+        edges=load_edges(molecules, edges, edge_cutoff, passport, cache_dir),
         graph_labels=graph_labels,
         node_feature=atoms.load(node_features, source, path, cache_dir),
         graph_feature=features.load(

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import GraphArrays
-from data_pipelines.edges import build_edges
+from data_pipelines.edges import make_edges
 from data_pipelines.molecules.record import Molecule
 
 # Node limits; above the last, multiples of it.
@@ -16,7 +16,7 @@ _NODES = (8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 
 @dataclasses.dataclass(frozen=True)
 class _Molecules:
-    """What `build_edges` looks at."""
+    """What `make_edges` looks at."""
 
     node_offset: np.ndarray
     position: np.ndarray
@@ -31,7 +31,7 @@ def arrays_of(
 
     Args:
       molecules: at least one.
-      edges, cutoff: as `build_edges` takes them.
+      edges, cutoff: as `make_edges` takes them.
       dtype: of a batch.
       with_charge: whether each node has the charge of its molecule.
     """
@@ -44,15 +44,13 @@ def arrays_of(
         bond_offset=offset([len(m.bonds) for m in molecules]),
         bonds=joined("bonds").reshape(-1, 3).astype(np.uint16),
     )
-    edge_offset, edge_rows = build_edges(rows, edges, cutoff)
     charge_G = np.array([m.charge for m in molecules])
     return GraphArrays(
         index=np.arange(len(molecules), dtype=np.int32),
         node_offset=rows.node_offset,
         atomic_number=joined("atomic_numbers").astype(np.uint8),
         position=rows.position,
-        edge_offset=edge_offset,
-        edges=edge_rows,
+        edges=make_edges(rows, edges, cutoff),
         charge=np.repeat(charge_G, num_nodes_G) if with_charge else None,
         dtype=np.dtype(dtype),
     )
