@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 
+from data_pipelines import prepared
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import GraphArrays, gather
 from data_pipelines.bonds import Agreement, BondType, find_bonds
@@ -496,6 +497,31 @@ def test_two_jobs_prepare_at_once(tmp_path):
     assert found[0] == found[1] and found[0][0] == 40
     prepared = [p for p in (tmp_path / "cache" / "qm9").iterdir() if p.is_dir()]
     assert len(prepared) == 1  # one result, and nothing half-built beside it
+
+
+def test_of_large_files_each_start_reads_other_blocks(tmp_path, monkeypatch):
+    for name, size in (("_LARGE", 1000), ("_BLOCK", 64), ("_SAMPLED", 2)):
+        monkeypatch.setattr(prepared, name, size)
+    numbers = np.arange(1000, dtype=np.int32)
+    build = lambda folder: prepared.write(folder, {"numbers": numbers}, {})
+    open_again = lambda: prepared.prepare(tmp_path / "kept", build, "nothing")
+    np.testing.assert_array_equal(open_again()[0]["numbers"], numbers)
+    file = tmp_path / "kept" / "arrays" / "numbers.npy"
+    content = bytearray(file.read_bytes())
+    content[2000] ^= 1  # in one of 65 blocks: a start finds it with 2 / 65
+    file.write_bytes(content)
+    found = 0
+    for _ in range(300):
+        try:
+            open_again()
+        except UserError as error:
+            found += "is damaged" in str(error)
+    assert 0 < found < 60
+    with prepared.checked_whole(), pytest.raises(UserError, match="is damaged: 4128 bytes"):
+        open_again()
+    file.write_bytes(content[:-64])
+    with pytest.raises(UserError, match="4064 bytes .* says 4128"):
+        open_again()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "passport"])

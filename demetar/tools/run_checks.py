@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from data_pipelines.errors import UserError
+from data_pipelines.prepared import checked_whole
 from demetar.config import stored
 from demetar.job.failures import check_progress
 from demetar.records.log import duration
@@ -45,7 +46,8 @@ def examine(config, workdir: pathlib.Path, processes: int) -> Iterator[Finding]:
         config = _share(config, processes)
     try:
         start = time.perf_counter()
-        experiment = build_experiment(config)
+        with checked_whole():
+            experiment = build_experiment(config)
     except UserError as error:
         yield problem("config", str(error))  # or its data: the message names what it is
         return
