@@ -147,7 +147,12 @@ def main() -> None:
     if options.train:
         train(options.copies, options.train, options.stop)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    cache = default_cache_dir()
+    made = (cache / "repeated" / str(options.copies), cache / "edge_counts")
+    known = set(made[1].glob("*"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as after:
+        after.callback(shutil.rmtree, made[0], ignore_errors=True)
+        after.callback(lambda: [_remove(x) for x in set(made[1].glob("*")) - known])
         runs = [pathlib.Path(folder) / name for name in ("cold", "warm", "killed")]
         cold = start(options.copies, runs[0], 10)
         warm = start(options.copies, runs[1], STEPS)
@@ -163,8 +168,15 @@ def main() -> None:
         "resumed": again,
         "same_molecules_in_each_step": seen[0] == seen[1] and len(seen[0]) == STEPS,
     }
-    shutil.rmtree(default_cache_dir() / "repeated" / str(options.copies))
     keep(result, options.json)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """A folder or a lock."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 if __name__ == "__main__":

@@ -170,7 +170,8 @@ def make_plans() -> None:
     known = json.loads(PLANS.read_text()) if PLANS.exists() else {}
     for row in PLANNED:
         config, topology, batch, flags = row
-        if (name := plan_name(*row)) in known:
+        name = plan_name(*row)
+        if name in known and known[name]["git_commit"] == git_commit():
             continue
         chips = 1
         for size in read_topology(topology)[2]:

@@ -23,6 +23,7 @@ from data_pipelines.ranges import POSITIVE, check_range
 EDGE_KINDS = ("bonds", "cutoff", "complete")
 _AT_ONCE = 2_048  # molecules whose pairs are counted together
 _MANY = 10_000  # molecules; the counts of as many are kept
+_VERSION = 1  # of the rule by which pairs are edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class PairEdges:
         """BondType of each pair (sender, receiver), [g, N, N]."""
         types_gxNxN = np.full((len(graphs_g), num_nodes, num_nodes), BondType.NONE, np.uint8)
         bonds = StoredEdges(self.molecules.bond_offset, self.molecules.bonds)
-        graph_b = np.repeat(np.arange(len(graphs_g)), bonds.counts[graphs_g])
+        graph_b = np.repeat(np.arange(len(graphs_g)), bonds.of(graphs_g)[1])
         i_b, j_b, type_b = rows_of(bonds, graphs_g).T
         types_gxNxN[graph_b, i_b, j_b] = type_b
         return types_gxNxN
@@ -142,7 +143,7 @@ def load_edges(
     edges = make_edges(molecules, kind, cutoff)
     if kind != "cutoff" or len(molecules.node_offset) < _MANY:
         return edges
-    facts = {"molecules": passport, "edge_cutoff": cutoff}
+    facts = {"version": _VERSION, "molecules": passport, "edge_cutoff": cutoff}
     name = hashlib.sha256(json_text(facts).encode()).hexdigest()[:12]
     folder = pathlib.Path(cache_dir or default_cache_dir()) / "edge_counts" / name
 

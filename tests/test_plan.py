@@ -130,6 +130,16 @@ def test_groups_of_a_collective(text, members):
     assert sorted(topology.first_group(text, 8).tolist()) == members
 
 
+def test_payload_of_a_collective_as_two_versions_of_xla_print_it():
+    old = "%all-reduce-start = f32[256,4]{1,0} all-reduce-start(%x), replica_groups={{0,1}}"
+    new = "%all-reduce-start = ((f32[256,4]{1,0}), f32[256,4]{1,0}) all-reduce-start(%x), "
+    new += "replica_groups={{0,1}}"
+    for line in (old, new):
+        program = Program("ENTRY %main () -> f32[] {\n  " + line + "\n}")
+        (found,) = topology.collectives(program, 2, 8, 1).values()
+        assert found.payload == 4 * 256 * 4, line
+
+
 def test_groups_in_an_unknown_form_are_not_guessed():
     with pytest.raises(ValueError, match="cannot read: <4 of 8>"):
         topology.first_group("replica_groups=<4 of 8>", 8)
@@ -408,6 +418,16 @@ def test_time_of_a_program_by_hand():
     one_by_one = dataclasses.replace(rates, adds_up=True)
     alone = timeline.predict(found, one_by_one, {"all-reduce-start": 0.0})
     assert alone.total == pytest.approx(2 + 32.96 + 5 * 72)
+
+
+def test_room_to_work_in_is_no_traffic():
+    text = """ENTRY %main (x: f32[8,4], w: f32[4,2]) -> f32[8,2] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %w = f32[4,2]{1,0} parameter(1)
+  %call = (f32[8,2]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+}"""  # noqa: E501
+    (found,) = kernels.kernels_of(Program(text))
+    assert (found.product, found.bytes) == (2 * 8 * 2 * 4, 4 * (32 + 8 + 16))
 
 
 def test_kernels_of_a_program_do_what_was_counted(cache_dir):

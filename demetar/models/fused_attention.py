@@ -3,7 +3,8 @@
 Equal to `ops.plain_attend_heads`. Logits and weights never leave the chip, and queries, keys and
 values are read where the projections left them: nothing is transposed. A program of the grid holds
 all keys of one head, so a row of the softmax is whole, and the gradient needs nothing but the
-inputs. No two programs write to one place: results are the same each time.
+inputs. No two programs write to one place: results are the same each time. There is no gradient of
+the gradient.
 
 Blocks are padded to powers of two, as Triton asks. What lies beyond the arrays is masked.
 """
@@ -18,16 +19,34 @@ from jax.experimental.pallas import triton
 
 Array = jax.Array
 
-MAX_TOKENS = 512  # queries or keys
+# Bytes of the keys of one head, padded: the gradient holds them several times in the memory of one
+# multiprocessor. With more it does not compile for an H100 (jax 0.10.2 and 0.11.2).
+_MAX_KEYS_BYTES = 32 * 2**10
+# Of GPUs whose multiprocessors have at least 163 KiB: A100, H100, B200.
+_CAPABILITIES = ("8.0", "9.0", "10.0")
 _ROWS = 16  # queries at once; a product of Triton has at least 16 rows and columns
+
+
+def is_for(device: jax.Device) -> bool:
+    """Whether the kernels are written for this device, or one that is only planned."""
+    capability = getattr(device, "compute_capability", "")
+    return device.platform in ("gpu", "cuda") and str(capability) in _CAPABILITIES
+
+
+def fits(q_NxHxd: Array, kv_MxHx2xd: Array, bias: Array) -> bool:
+    """Whether the kernels compile for arrays of these sizes and types."""
+    blocks = _Blocks.of(q_NxHxd, kv_MxHx2xd, bias)
+    size = blocks.padded_keys * blocks.padded_width * kv_MxHx2xd.dtype.itemsize
+    is_short = q_NxHxd.dtype.itemsize <= 4 and bias.dtype == jnp.float32
+    return is_short and size <= _MAX_KEYS_BYTES
 
 
 def attend_heads(q_NxHxd: Array, kv_MxHx2xd: Array, bias: Array, divisor: float) -> Array:
     """softmax(Q Kᵀ / divisor + bias) V of each head, `[N, H, d]`.
 
     Args:
-      q_NxHxd: queries, at most `MAX_TOKENS`.
-      kv_MxHx2xd: keys and values, at most as many.
+      q_NxHxd: queries.
+      kv_MxHx2xd: keys and values, of which `fits` says whether they are too many.
       bias: of the logits, [1 or H, 1 or N, M].
       divisor: of the products.
     """

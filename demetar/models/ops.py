@@ -91,9 +91,7 @@ def attend_heads(q_NxHxd: Array, kv_MxHx2xd: Array, bias: Array, divisor: float)
 
     Inside `fused()` it is one kernel, where the sizes and types allow.
     """
-    tokens = max(len(q_NxHxd), len(kv_MxHx2xd))
-    short = q_NxHxd.dtype.itemsize <= 4 and bias.dtype == jnp.float32
-    if _FUSED.get() and short and tokens <= fused_attention.MAX_TOKENS:
+    if _FUSED.get() and fused_attention.fits(q_NxHxd, kv_MxHx2xd, bias):
         return fused_attention.attend_heads(q_NxHxd, kv_MxHx2xd, bias, divisor)
     return plain_attend_heads(q_NxHxd, kv_MxHx2xd, bias, divisor)
 

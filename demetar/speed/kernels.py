@@ -10,8 +10,7 @@ from demetar.speed.program import Instruction, Program, bytes_of
 # What the host or another instruction does, or nobody.
 _NO_LAUNCH = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
-    "opt-barrier all-reduce-done all-gather-done reduce-scatter-done copy-done async-done "
-    "slice-done async-update partition-id replica-id".split()
+    "opt-barrier async-update partition-id replica-id".split()
 )
 _PRODUCT_CALLS = ("__cublas$gemm", "__cublas$lt$matmul")
 _OURS = "__gpu$xla.gpu.triton"  # a kernel of demetar/models/fused_attention.py
@@ -82,7 +81,10 @@ def launches(program: Program) -> collections.Counter:
 
 
 def _is_launched(instruction: Instruction) -> bool:
-    return instruction.operation not in _NO_LAUNCH and instruction.target not in _FREE_CALLS
+    operation = instruction.operation
+    return not (
+        operation in _NO_LAUNCH or operation.endswith("-done") or instruction.target in _FREE_CALLS
+    )
 
 
 def may_differ(program: Program) -> list[str]:
@@ -184,6 +186,8 @@ def _bytes(program: Program, instruction: Instruction, computation: str) -> floa
         return sum(sizes[name] for name in set(instruction.operands)) + instruction.moved
     read = [sizes.get(operand, 0.0) for operand in instruction.operands]
     written = instruction.moved
+    if instruction.target in _PRODUCT_CALLS:  # whose second result is room to work in
+        written = bytes_of(instruction.arrays[:1])
     if instruction.operation == "fusion":
         name = instruction.called[0]
         inside = program.computations[name]

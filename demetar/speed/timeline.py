@@ -126,17 +126,21 @@ def predict(
       kernels: of `kernels_of`.
       rates: of the machine.
       collective_seconds: name of a kernel that is, or starts, a collective -> how long it takes.
-      part: of the work of each kernel that is done: a smaller batch of the same program.
+      part: of the work of each kernel that is done: a smaller batch of the same program. The
+        optimizer does all of its own.
     """
     now = waited = talked = link_free = copies_free = 0.0
     ends, by_limit = {}, collections.Counter()
     of_part = collections.defaultdict(collections.Counter)
     for kernel in kernels:
-        seconds, limit = rates.seconds(kernel, part)
+        # The optimizer's work does not depend on the batch.
+        own_part = 1.0 if part_of_model(kernel) == "optimizer" else part
+        seconds, limit = rates.seconds(kernel, own_part)
         is_start = kernel.operation.endswith("-start")
         if is_start and kernel.name not in collective_seconds:
             # Of a TPU: a copy into its fast memory, beside computing.
-            copies_free = max(copies_free, now) + part * kernel.bytes * rates.byte
+            length = own_part * kernel.bytes * rates.byte * kernel.times
+            copies_free = max(copies_free, now) + length
             ends[kernel.name] = copies_free
             continue
         if kernel.operation.endswith("-done"):

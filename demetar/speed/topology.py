@@ -145,8 +145,8 @@ def collectives(program: Program, chips: int, chips_near: int, unit: int) -> dic
         if name not in COLLECTIVES:
             continue
         arrays = instruction.arrays
-        if name != instruction.operation and name != "all-reduce" and len(arrays) > 1:
-            arrays = arrays[len(arrays) // 2 :]  # (operands, results)
+        if len(arrays) == 2 * len(instruction.operands):  # (operands, results)
+            arrays = arrays[len(instruction.operands) :]
         members = first_group(instruction.attributes, chips)
         payload = bytes_of(arrays) * (len(members) if name == "reduce-scatter" else 1)
         near = int(np.bincount(members // chips_near).max())

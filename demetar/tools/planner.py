@@ -102,7 +102,7 @@ class Plan:
     def scaling(self, assumption: str = "likely") -> list[tuple[int, float]]:
         """(chips, efficiency): the batch of each chip kept, only the axis `data` growing.
 
-        None where one copy of the state is all that was compiled: then no collective is known.
+        Nothing where one copy of the state is all that was compiled: then no collective is known.
         """
         shape = self.experiment.mesh.shape
         if shape["data"] == 1:

@@ -58,13 +58,14 @@ def make_gradient(model: GraphModel, objective: Objective, accumulation: int) ->
     return gradient if accumulation == 1 else accumulated
 
 
-def default_groups(mesh: Mesh) -> int:
+def default_groups(mesh: Mesh, accumulation: int) -> int:
     """In how many groups gradients are added up, if the config does not say.
 
     On accelerators a collective runs beside the backward pass. Between CPUs it is the same cores
-    that compute and send, and each collective costs a wait: one.
+    that compute and send, and each collective costs a wait: one. So it is where gradients are
+    accumulated, for then all of them are ready at once.
     """
-    if mesh.devices.flat[0].platform == "cpu" or mesh.size == 1:
+    if mesh.devices.flat[0].platform == "cpu" or mesh.size == 1 or accumulation > 1:
         return 1
     return _GROUPS_OF_ACCELERATORS
 

@@ -86,7 +86,7 @@ def _divided(stacks: list[jax.Array], mesh: Mesh | None) -> list[jax.Array]:
             padded = jnp.pad(stack, ((0, padding), (0, 0), (0, 0)))
             start = jax.lax.axis_index(axes) * share
             done.append(_of_stack(jax.lax.dynamic_slice_in_dim(padded, start, share)))
-        # One array, one collective: see `sharding.sum_gradients`.
+        # One array, one collective: see `gradients.sum_gradients`.
         joined, split = jax.flatten_util.ravel_pytree(done)
         of_devices = jax.vmap(split)(jax.lax.all_gather(joined, axes))
         return [x.reshape(-1, *x.shape[2:]) for x in of_devices]

@@ -2,11 +2,12 @@
 
 Law 4: sums and counts leave the step. The gradient is that of the masked *sum* of the
 loss, divided afterwards by the nominal batch size, so that padding weighs nothing, a batch
-of three leftover graphs is not a full step, and one all-reduce does for all that is repeated.
+of three leftover graphs is not a full step, and sums travel with the gradients.
 
-Each device computes its own graphs under `jax.shard_map`, so the collectives over `data` and
-`fsdp` are those written in `demetar.training.gradients` and no others; only the axis `model`, if
-any, is left to the compiler. The optimizer works on whatever part of the state a device holds.
+Each device computes its own graphs under `jax.shard_map`, so the collectives over `data` and `fsdp`
+are those written in `demetar.training.gradients` and `sharding`; only the axis `model`, if any, and
+the norm of what is divided are left to the compiler. The optimizer works on whatever part of the
+state a device holds.
 """
 
 import concurrent.futures
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.graph import Array, Graph
 from demetar.job.watch import UNWATCHED, Unwatched, Watch
-from demetar.models import ops, predict
+from demetar.models import fused_attention, ops, predict
 from demetar.models.base import GraphModel
 from demetar.training import sharding
 from demetar.training.gradients import global_norm, order_of_backward, sum_gradients
@@ -135,10 +136,10 @@ def make_eval_step(model: GraphModel, mesh: Mesh, param_specs, objective: Object
 def _on_each_device(function, mesh: Mesh, *, in_specs, out_specs):
     """`jax.shard_map` over the batch axes; an axis `model` stays the compiler's."""
     # Kernels of ours: the compiler cannot divide them over `model`.
-    is_gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    may_fuse = fused_attention.is_for(mesh.devices.flat[0]) and mesh.shape["model"] == 1
 
     def traced(*args):
-        with ops.fused(is_gpu and mesh.shape["model"] == 1):
+        with ops.fused(may_fuse):
             return function(*args)
 
     batch_axes_alone = lambda spec: P(*(a if a != "model" else None for a in spec))

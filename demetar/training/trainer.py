@@ -120,7 +120,7 @@ def _jitted(experiment: Experiment):
         specs.params,
         seed=config.seed,
         ema_decay=config.optim.ema_decay,
-        num_groups=config.mesh.gradient_groups or default_groups(mesh),
+        num_groups=config.mesh.gradient_groups or default_groups(mesh, config.train.accumulation),
     )
     everywhere, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
     state = sharding.named(mesh, specs)
