@@ -266,7 +266,8 @@ def _plan_table(plans: dict[str, dict]) -> str:
         limits = {k[9:]: v for k, v in found.items() if k.startswith("bound by ")}
         total = found["computing"] + found["waiting for collectives"]
         talked = found["communicating"]
-        hidden = f"{1 - found['waiting for collectives'] / talked:.0%}" if talked else ""
+        waited = found["waiting for collectives"]
+        hidden = f"{max(0.0, 1 - waited / talked):.0%}" if talked else ""
         percent = lambda n, scaling=scaling: f"{scaling[n]:.1%}" if n in scaling else "–"
         lines.append(
             [
