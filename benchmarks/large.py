@@ -28,6 +28,7 @@ from data_pipelines import registry
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import Dataset, make_buckets, training_mean
 from data_pipelines.edges import load_edges
+from data_pipelines.json_text import json_text
 from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.qm9 import DEFAULTS as QM9_DEFAULTS
 from data_pipelines.qm9 import preparation
@@ -108,7 +109,7 @@ def train(copies: int, workdir: str, stop_at: int) -> None:
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     wanted = ("VmHWM", "RssAnon", "RssFile")
-    print(json.dumps({name: int(fields[name].split()[0]) * 1024 for name in wanted}))
+    print(json_text({name: int(fields[name].split()[0]) * 1024 for name in wanted}))
 
 
 def start(copies: int, workdir: pathlib.Path, stop_at: int, kill_after: int = 0) -> dict:

@@ -104,8 +104,8 @@ def _before() -> list[str]:
         f"Training a hundred charges on {found['machine']}, one run after the other: "
         f"**{rates['after']:,.0f} systems a second**, {rates['before']:,.1f} at commit "
         f"{found['before_commit']}, where cost grew with the third power: {found['ratio']:,.0f} "
-        "times. Each with the edges and the batch of its config: all pairs and 100 systems then, "
-        "8 neighbours, the field and 10 systems now."
+        "times. Ten systems a batch; all pairs then, 8 neighbours and the field now. The old code "
+        "cannot take its config's batch of 100 on this machine: it needs more than 24 GB."
     ]
 
 

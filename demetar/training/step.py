@@ -11,6 +11,7 @@ state a device holds.
 """
 
 import concurrent.futures
+import functools
 import time
 from collections.abc import Callable
 
@@ -138,6 +139,7 @@ def _on_each_device(function, mesh: Mesh, *, in_specs, out_specs):
     # Kernels of ours: the compiler cannot divide them over `model`.
     may_fuse = fused_attention.is_for(mesh.devices.flat[0]) and mesh.shape["model"] == 1
 
+    @functools.wraps(function)
     def traced(*args):
         with ops.fused(may_fuse):
             return function(*args)
