@@ -137,20 +137,20 @@ def _product_flops(program: Program, instruction: Instruction, computation: str)
 
 def _flops_of_attention(program: Program, attention: Instruction, computation: str) -> float:
     """Two products forward, five backward, where the weights are computed again."""
-    shapes = {x.name: x.arrays[0][1] for x in program.computations[computation] if x.arrays}
+    named = program.named[computation]
     # [..., N, H, d] and [..., M, H, 2, d].
-    queries, keys = (shapes[name] for name in attention.operands[:2])
+    queries, keys = (named[name].arrays[0][1] for name in attention.operands[:2])
     products = 2 if len(attention.arrays) == 1 else 5
     return 2.0 * products * math.prod(queries) * keys[-4]
 
 
 def _flops_of_product(program: Program, product: Instruction, computation: str) -> float:
     """2 M N K of each matrix of a batch."""
-    shapes = {x.name: x.arrays for x in program.computations[computation]}
-    ((_, left),) = shapes[product.operands[0]]
+    named = program.named[computation]
+    ((_, left),) = named[product.operands[0]].arrays
     result = math.prod(product.arrays[0][1])
     if product.operation == "convolution":
-        ((_, right),) = shapes[product.operands[1]]
+        ((_, right),) = named[product.operands[1]].arrays
         depth = _depth_of_convolution(product, left, right)
     else:
         depth = math.prod(left[d] for d in product.dimensions("lhs_contracting_dims"))
@@ -181,10 +181,10 @@ def _bytes(program: Program, instruction: Instruction, computation: str) -> floa
     if instruction.operation.endswith("-start"):
         # A copy: what it reads is among its results, whole even if a part is taken.
         return min(bytes_of([array]) for array in instruction.arrays[:2])
-    sizes = {x.name: x.moved for x in program.computations[computation]}
+    named = program.named[computation]
     if instruction.target == _OURS:  # which is given keys and values twice
-        return sum(sizes[name] for name in set(instruction.operands)) + instruction.moved
-    read = [sizes.get(operand, 0.0) for operand in instruction.operands]
+        return sum(named[name].moved for name in set(instruction.operands)) + instruction.moved
+    read = [named[name].moved if name in named else 0.0 for name in instruction.operands]
     written = instruction.moved
     if instruction.target in _PRODUCT_CALLS:  # whose second result is room to work in
         written = bytes_of(instruction.arrays[:1])
@@ -196,7 +196,7 @@ def _bytes(program: Program, instruction: Instruction, computation: str) -> floa
                 k = int(x.argument)
                 read[k] = min(read[k], _bytes_read(program, x, name))
         if inside[-1].operation == "dynamic-update-slice":
-            written = 2 * {x.name: x.moved for x in inside}[inside[-1].operands[1]]
+            written = 2 * program.named[name][inside[-1].operands[1]].moved
     elif instruction.operation in _PARTS:
         read = [instruction.moved]
     return sum(read) + written

@@ -90,6 +90,11 @@ class Program:
                 inside.append(_read(*found.groups()))
 
     @functools.cached_property
+    def named(self) -> dict[str, dict[str, Instruction]]:
+        """Computation -> name -> its instruction."""
+        return {name: {x.name: x for x in lines} for name, lines in self.computations.items()}
+
+    @functools.cached_property
     def users(self) -> dict[str, dict[str, list[Instruction]]]:
         """Computation -> name -> the instructions that read it."""
         found = {}

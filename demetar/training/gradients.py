@@ -83,7 +83,7 @@ def order_of_backward(gradient: Callable, *args) -> list[int]:
     return [made.get(id(var), -1) for var in jaxpr.outvars]
 
 
-def sum_gradients(gradients, sums, specs, ready: list[int], num_groups: int):
+def sum_gradients(gradients, sums, specs, ready: list[int] | None, num_groups: int):
     """Inside `shard_map`: all added up over the batch axes, gradients in the parts of `specs`.
 
     One all-reduce of one array for each group: one for each leaf, even as a single combined
@@ -94,7 +94,7 @@ def sum_gradients(gradients, sums, specs, ready: list[int], num_groups: int):
       gradients: of this device's graphs.
       sums: other numbers to add up; they go with the group that is ready last.
       specs: how each leaf of the gradients lies.
-      ready: of `order_of_backward`.
+      ready: of `order_of_backward`; None: in any order.
       num_groups: each smaller than the one before, for behind the last nothing is hidden.
 
     Returns:
@@ -102,7 +102,7 @@ def sum_gradients(gradients, sums, specs, ready: list[int], num_groups: int):
     """
     leaves, treedef = jax.tree.flatten(gradients)
     specs = treedef.flatten_up_to(specs)
-    groups = _groups_of([x.size for x in leaves], ready, num_groups)
+    groups = _groups_of([x.size for x in leaves], ready or [0] * len(leaves), num_groups)
     square = 0.0
     for number, group in enumerate(groups):
         for k in group:

@@ -83,7 +83,8 @@ def make_train_step(
         # By row of the global batch: a graph's randomness does not depend on its device.
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(num_rows))
         grad, sums, loss_B = gradient(params, batch, keys_B)
-        ready = order_of_backward(gradient, params, batch, keys_B)
+        # Traced once more: not where there is nothing to order.
+        ready = order_of_backward(gradient, params, batch, keys_B) if num_groups > 1 else None
         sums = (*sums, stop_1.sum())
         return *sum_gradients(grad, sums, param_specs, ready, num_groups), loss_B
 
