@@ -274,10 +274,13 @@ def test_geometry_decides_where_the_smiles_does_not_fit():
         assert bonds.tolist() == [[0, k, BondType.SINGLE] for k in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize("kind", ["bonds", "cutoff", "complete"])
-def test_edges_of_each_kind(sample, kind):
+@pytest.mark.parametrize(
+    "kind, cutoff", [("bonds", 2.5), ("cutoff", 2.5), ("cutoff", 1.2), ("complete", 2.5)]
+)
+def test_edges_of_each_kind(sample, kind, cutoff):
+    """At 1.2 angstrom most bonds are longer than the cutoff, and edges all the same."""
     molecules, _ = sample
-    edges = make_edges(molecules, kind, cutoff=2.5)
+    edges = make_edges(molecules, kind, cutoff)
     for g in (0, 17, 499):
         n0, n1 = molecules.node_offset[g : g + 2]
         x = molecules.position[n0:n1]
@@ -288,7 +291,9 @@ def test_edges_of_each_kind(sample, kind):
             (i, j): types.get((i, j), 0)
             for i in range(n1 - n0)
             for j in range(i + 1, n1 - n0)
-            if kind == "complete" or (i, j) in types or (kind == "cutoff" and distance[i, j] < 2.5)
+            if kind == "complete"
+            or (i, j) in types
+            or (kind == "cutoff" and distance[i, j] < cutoff)
         }
         rows = rows_of(edges, np.array([g]))
         assert {(int(i), int(j)): int(t) for i, j, t in rows} == expected
