@@ -6,11 +6,13 @@
     python benchmarks/many.py --before=0c2ec6f      training a hundred, beside an older commit's
     python benchmarks/rollout.py                    ten predictions, each from the last
 
-Groups: ours, near, egnn, rollout; or rows by name, comma-separated. Every row is one run of
-`python -m demetar.main`, so it resumes where it stopped; runs live in runs/many. Numbers go to
-benchmarks/results/many/*.json; `many_page.py` writes the page from them alone.
+Groups: ours, egnn, short-far, short-near, short-pairs, short-egnn, rollout; or rows by name,
+comma-separated. Every row is one run of `python -m demetar.main`, so it resumes where it stopped;
+runs live in runs/many. Numbers go to benchmarks/results/many/*.json; `many_page.py` writes the
+page from them alone.
 
-Rows of `near` and `egnn` take as many steps of as many systems as the row of `ours`.
+Rows of `egnn` take as many steps of as many systems as the row of `ours`. All short rows take a
+quarter of them: what a part of the model does is seen there, and the slow models are done.
 """
 
 import os
@@ -38,15 +40,25 @@ SIZES = (5, 20, 50, 100)
 ROLLOUT_STEPS = (50, 100, 200)  # of the simulator, to each horizon of one model
 TITLES = {
     "ours": "edge-space transformer",
-    "near": "the same without the field",
     "egnn": "EGNN (ours)",
+    "short-far": "edge-space transformer, a quarter of the steps",
+    "short-near": "the same without the field",
+    "short-pairs": "the same with edges of all pairs, without the field",
+    "short-egnn": "EGNN (ours), a quarter of the steps",
 }
+SHORT_STEPS = {"glad_20": 4_000, "glad_50": 8_000, "glad_100": 8_000, "gravity_100": 2_000}
 
 
 def _row(group: str, protocol: str, seed: int, *flags: str) -> Row:
-    variant = protocol + (",egnn" if group == "egnn" else "")
+    variant = protocol + (",egnn" if group.endswith("egnn") else "")
     name = f"{protocol}-{group}-{seed}"
     return Row(group, name, TITLES[group], variant, (*flags, f"--config.seed={seed}"))
+
+
+def _short(group: str, protocol: str, *flags: str) -> Row:
+    steps = SHORT_STEPS[protocol]
+    length = (f"--config.train.num_steps={steps}", f"--config.train.eval_every={steps // 20}")
+    return _row(group, protocol, 0, *flags, *length)
 
 
 ROWS = [
@@ -56,9 +68,12 @@ ROWS = [
         for seed in (range(3) if n in (5, 100) else range(1))
     ),
     _row("ours", "gravity_100", 0),
-    *(_row("near", f"glad_{n}", 0, "--config.model.field_kernels=0") for n in SIZES[1:]),
-    *(_row("egnn", f"glad_{n}", 0) for n in SIZES),
-    _row("egnn", "gravity_100", 0),
+    *(_row("egnn", f"glad_{n}", 0) for n in SIZES[:2]),
+    *(_short("short-far", f"glad_{n}") for n in SIZES[1:]),
+    *(_short("short-near", f"glad_{n}", "--config.model.field_kernels=0") for n in SIZES[1:]),
+    # At 50 all pairs take four times as long, at 100 ten times: see the table of cost.
+    _short("short-pairs", "glad_20", "--config.model.field_kernels=0", "--config.data.neighbors=0"),
+    *(_short("short-egnn", protocol) for protocol in SHORT_STEPS),
     # Positions and velocities of a hundred charges after three times, one model.
     Row(
         "rollout",

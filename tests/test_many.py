@@ -141,16 +141,17 @@ def test_gathers_and_sums_compute_what_matrices_of_ones_did(n):
 
 @pytest.mark.usefixtures("float64")
 def test_field_is_the_sum_of_its_kernels_in_blocks_of_any_size(monkeypatch):
-    rng = np.random.default_rng(3)
+    rng, rate = np.random.default_rng(3), 3.0
     x, charge = rng.normal(size=(7, 3)), rng.choice([-1.0, 1.0], 7)
     params = {"log_softening": rng.normal(size=2), "strength": rng.normal(size=2)}
     expected = np.zeros((7, 3))
     for i in range(7):
         for j in set(range(7)) - {i}:
             r = x[i] - x[j]
-            squares = r @ r + np.exp(2 * params["log_softening"])
-            expected[i] += charge[i] * charge[j] * r * (params["strength"] @ squares**-1.5)
-    field = e3._Field(2)
+            squares = r @ r + np.exp(2 * rate * params["log_softening"])
+            pull = rate * params["strength"] @ squares**-1.5
+            expected[i] += charge[i] * charge[j] * r * pull
+    field = e3._Field(2, rate)
     for block in (128, 4, 7, 1):
         monkeypatch.setattr(e3, "_BLOCK", block)
         found = field.apply({"params": params}, x, charge)

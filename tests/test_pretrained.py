@@ -17,7 +17,7 @@ from data_pipelines.registry import DATASETS, load_dataset
 from demetar.inference import package
 
 NAMES = [name for name in demetar.pretrained_names() if name.startswith("nbody-egnn-")]
-MANY = {"nbody-glad_20-e3-seed0", "nbody-glad_100-e3-seed0"}
+MANY = {f"nbody-glad_{n}-e3-seed0" for n in (20, 50, 100)}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,7 @@ WEIGHTS_SHA256 = {
     "nbody-egnn-e3-seed2": "6a882c3504398e91a378c21679b64552b2b79337fc1462b50c986f83aa0d2de9",
     "nbody-glad_100-e3-seed0": "f5ac04a7413c5cfc8dcdd7d1510cf66c53110027c357c27264d38902715a13fa",
     "nbody-glad_20-e3-seed0": "fb83f313008a33fb8cee2225b44c374a88ad271b4c2d5cbd73ed695071afcb70",
+    "nbody-glad_50-e3-seed0": "dba1aeb561c16f2409109bfc0dfc83ac0292df3e6322444e38057303c8dc9033",
     "qm9-energies": "f0190b832849d5adf0bad5b8a8e4da84a86d3d742bd467fcc6163064c310fad7",
     "qm9-homo": "54971b7564e8b98703981280fe1f421a6896c1150e26cf470703339758bc0ec0",
     "qm9-homo-mmff": "1b63c8395d551114b2f46a142c66f4991a567e3a5ea69c9dadbdc73bda6c35cb",

@@ -55,6 +55,8 @@ class DemetarE3(GraphModel):
       num_invariants: learned dot products of a pair's relative position and velocity.
       field_kernels: of the pass over all pairs; 0: there is none.
       field_steps: how often a round makes that pass, and how many steps of time it has.
+      field_rate: how fast the field learns beside the tokens: its lengths and strengths are so many
+        times their parameters. Where it does nearly all, tokens learn its errors while it is slow.
       remat: rounds are computed again in the backward pass instead of being kept; on a CPU that is
         faster, for what they keep does not fit the caches.
       dtype: of tokens; vectors are float32 or wider.
@@ -72,6 +74,7 @@ class DemetarE3(GraphModel):
     num_invariants: int = 8
     field_kernels: int = 0
     field_steps: int = 1
+    field_rate: float = 1.0
     remat: bool = True
     dtype: Any = jnp.float32
 
@@ -100,6 +103,7 @@ class DemetarE3(GraphModel):
             self.num_invariants,
             self.field_kernels,
             self.field_steps,
+            self.field_rate,
             name="round",
         )
         # With several horizons each graph has its own; with one, `self.horizon` is it.
@@ -129,6 +133,7 @@ class _Round(nn.Module):
     num_invariants: int
     field_kernels: int
     field_steps: int
+    field_rate: float
 
     @nn.compact
     def __call__(self, carry, graph: Graph, links: Links, time: Array, relative: Array | None):
@@ -185,7 +190,7 @@ class _Round(nn.Module):
             x_Nx3 = x_Nx3 + time * (v_Nx3 + drift_Nx3)
             return (x_Nx3, v_Nx3, node_NxD, edge_ExD), None
         # Leapfrog: the field where particles are in the middle of a step, exact to second order.
-        field = _Field(self.field_kernels, name="field")
+        field = _Field(self.field_kernels, self.field_rate, name="field")
         step = time / self.field_steps
         for _ in range(self.field_steps):
             x_Nx3 = x_Nx3 + step / 2 * (v_Nx3 + drift_Nx3)
@@ -236,13 +241,17 @@ class _Field(nn.Module):
     """What all particles do to each by learned kernels of distance, `[N, 3]`."""
 
     num_kernels: int
+    rate: float
 
     @nn.compact
     def __call__(self, x_Nx3: Array, charge_N: Array) -> Array:
-        # Lengths from 0.1 on, in the data's unit; strengths of 0: training starts without a field.
-        start = lambda _, shape: jnp.log(jnp.geomspace(0.1, 2.0, *shape))
-        softening_K = jnp.exp(self.param("log_softening", start, (self.num_kernels,)))
-        strength_K = self.param("strength", nn.initializers.zeros, (self.num_kernels,))
+        # Lengths down to 0.1 in the data's unit; a single one starts long, for what a short one
+        # does changes with every encounter, and it does not find its strength. Strengths of 0:
+        # training starts without a field.
+        start = lambda _, shape: jnp.log(jnp.geomspace(2.0, 0.1, *shape)) / self.rate
+        learned = lambda name, init: self.rate * self.param(name, init, (self.num_kernels,))
+        softening_K = jnp.exp(learned("log_softening", start))
+        strength_K = learned("strength", nn.initializers.zeros)
         columns_Nx4 = jnp.pad(x_Nx3, ((0, 0), (0, 1)), constant_values=1.0) * charge_N[:, None]
 
         @jax.checkpoint  # the pairs are computed again in the backward pass: memory stays linear
