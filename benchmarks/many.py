@@ -46,7 +46,7 @@ TITLES = {
     "short-pairs": "the same with edges of all pairs, without the field",
     "short-egnn": "EGNN (ours), a quarter of the steps",
 }
-SHORT_STEPS = {"glad_20": 4_000, "glad_50": 8_000, "glad_100": 8_000, "gravity_100": 2_000}
+SHORT_STEPS = {"glad_20": 4_000, "glad_50": 8_000, "glad_100": 8_000, "gravity_100": 1_000}
 
 
 def _row(group: str, protocol: str, seed: int, *flags: str) -> Row:

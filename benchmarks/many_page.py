@@ -109,6 +109,35 @@ def _before() -> list[str]:
     ]
 
 
+def _rollout() -> list[str]:
+    """Ten predictions, each from the last: errors, energy, momentum, a picture."""
+    if not (found := STUDY.read("rollout")):
+        return []
+    drift, horizon = found["energy_drift"], found["time_of_a_prediction"]
+    lines = _head(
+        "predictions", "time", "MSE of positions", "energy off, predicted", "energy off, simulated",
+        "mean velocity off",
+    )  # fmt: skip
+    columns = (
+        found["mse"],
+        drift["predicted"],
+        drift["simulated"],
+        found["largest_change_of_mean_velocity"],
+    )
+    for k, cells in enumerate(zip(*columns, strict=True)):
+        lines.append(_line(k, f"{k * horizon:.1f}", *(f"{x:.2g}" for x in cells)))
+    return [
+        *lines,
+        "",
+        f"Of {found['systems']} systems of the test part. Energies: median over systems of the "
+        f"absolute change since the start, whose median absolute value is "
+        f"{found['median_energy']:.3g}. Mean velocity: the largest change of any component in any "
+        "system.",
+        "",
+        "![a hundred charges, true and predicted](many_bodies.png)",
+    ]
+
+
 def _plots() -> None:
     import matplotlib
 
@@ -117,13 +146,14 @@ def _plots() -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for group, title in TITLES.items():
+        dashes = "o--" if group.startswith("short") else "o-"
         points = [
             (n, np.mean([x["test"]["mse"] for x in found]))
             for n in SIZES
             if (found := _seeds(group, f"glad_{n}"))
         ]
         if points:
-            left.plot(*zip(*points, strict=True), "o-", label=title)
+            left.plot(*zip(*points, strict=True), dashes, label=title)
     floor = [(n, x["any"]["test"]["mse"]) for n in SIZES if (x := STUDY.read(f"floor-glad_{n}"))]
     if floor:
         left.plot(*zip(*floor, strict=True), "k:", label="floor of equivariant models")
@@ -152,6 +182,7 @@ def write_page() -> None:
         "runs": _table_runs(),
         "cost": _table_cost(),
         "before": _before(),
+        "rollout": _rollout(),
         "commands": ["```", *commands, "```"],
     }.items():
         text = text.replace("{{" + key + "}}", "\n".join(lines))

@@ -65,7 +65,7 @@ _MANY = {
     "glad_20": (20, 16_000, 8),
     "glad_50": (10, 32_000, 8),
     "glad_100": (10, 32_000, 8),
-    "gravity_100": (10, 8_000, 1),
+    "gravity_100": (10, 4_000, 1),
 }
 _PROTOCOLS = ("blog", "fuchs", "general", *_MANY)  # "egnn" is the default, and the name of a model
 
@@ -133,10 +133,11 @@ def _many(config: ConfigDict) -> None:
         config.data.neighbors = neighbors
         config.model.field_kernels = 4
         if config.data.protocol.startswith("gravity"):
-            # Every particle pulls on every other by one law: the field does most, in 160 steps of
+            # Every particle pulls on every other by one law: the field does most, in 256 steps of
             # time, and has to be exact to a percent before tokens have anything to add.
-            config.model.update({"rounds": 8, "field_steps": 20})
+            config.model.update({"rounds": 8, "field_steps": 32})
             config.model.update({"field_kernels": 1, "field_rate": 5.0})
+            config.optim.learning_rate = 1e-3
 
 
 def _quick(config: ConfigDict) -> None:
