@@ -2,7 +2,7 @@
 
 Every process computes the same plan from (sizes, batch size, buckets, seed) and loads only
 its own slice of each step, so a run resumes exactly on any number of hosts: the position in
-the data *is* the step. Nothing about it is ever saved except its fingerprint.
+the data *is* the step. Nothing about it is ever saved; processes compare its fingerprint.
 """
 
 import dataclasses

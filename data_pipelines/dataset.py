@@ -64,6 +64,15 @@ class Dataset:
                     f"Split {self.split_name!r} of data set {self.name} leaves no {self.items} for "
                     f"{part}: {len(arrays.index)} in all. Give it more, or choose another split."
                 )
+            for target in self.targets:
+                if target.name not in arrays.incomplete:
+                    continue
+                if np.isnan(self.labels_of(target, graphs)).all():
+                    raise UserError(
+                        f"None of the {len(graphs)} {self.items} for {part} has a label of "
+                        f"{target.name} (split {self.split_name!r}): give it more labels, leave "
+                        "the target out, or choose another split."
+                    )
 
     def labels(self, target: Target) -> np.ndarray:
         """All labels of a target, float64: [G]; or of every node, [nodes] or [nodes, 3]."""

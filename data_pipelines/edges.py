@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import pathlib
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +24,22 @@ EDGE_KINDS = ("bonds", "cutoff", "complete")
 _AT_ONCE = 2_048  # molecules whose pairs are counted together
 _MANY = 10_000  # molecules; the counts of as many are kept
 _VERSION = 1  # of the rule by which pairs are edges
+
+
+class Molecules(Protocol):
+    """What edges are found in.
+
+    Attributes:
+      node_offset: [G + 1], where the atoms of each molecule begin.
+      position: [atoms, 3], angstrom.
+      bond_offset: [G + 1], where the bonds of each begin.
+      bonds: [bonds, 3], as `StoredEdges.rows`.
+    """
+
+    node_offset: np.ndarray
+    position: np.ndarray
+    bond_offset: np.ndarray
+    bonds: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +70,12 @@ class PairEdges:
     """All pairs closer than a distance, and all bonds.
 
     Attributes:
-      molecules: a `MoleculeArrays`.
+      molecules: which have them.
       cutoff: angstrom; infinite: all pairs.
       known_counts: what `counts` is, where it has been counted.
     """
 
-    molecules: Any
+    molecules: Molecules
     cutoff: float
     known_counts: np.ndarray | None = None
 
@@ -114,11 +130,11 @@ def rows_of(edges: StoredEdges | PairEdges, graphs_g: np.ndarray) -> np.ndarray:
     return rows[np.arange(count_g.sum()) + np.repeat(start_g - before_g, count_g)]
 
 
-def make_edges(molecules, kind: str, cutoff: float) -> StoredEdges | PairEdges:
+def make_edges(molecules: Molecules, kind: str, cutoff: float) -> StoredEdges | PairEdges:
     """Edges of molecules.
 
     Args:
-      molecules: a `MoleculeArrays`.
+      molecules: which are to have them.
       kind: `bonds`; `cutoff` (all pairs closer than `cutoff`, and all bonds); or `complete`.
       cutoff: angstrom, for `cutoff`.
     """
@@ -131,7 +147,7 @@ def make_edges(molecules, kind: str, cutoff: float) -> StoredEdges | PairEdges:
 
 
 def load_edges(
-    molecules, kind: str, cutoff: float, passport: dict, cache_dir: str
+    molecules: Molecules, kind: str, cutoff: float, passport: dict, cache_dir: str
 ) -> StoredEdges | PairEdges:
     """`make_edges` of a data set; how many each of many molecules has is counted once and kept.
 

@@ -109,7 +109,7 @@ def write_parts(
     for number in itertools.count(done):
         if not (items := list(itertools.islice(made, size))):
             return sorted(parts.glob("[0-9]*.npz"))
-        building = parts / f"building-{_own_name()}.npz"
+        building = parts / f"building-{own_name()}.npz"
         np.savez(building, **pack(number * size, items))
         building.rename(parts / f"{number:06}.npz")
 
@@ -118,7 +118,7 @@ def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None], locked: 
     # Of a killed preparation; without the lock they may be those of a living one.
     for leftover in folder.parent.glob(f".{folder.name}.*") if locked else ():
         shutil.rmtree(leftover, ignore_errors=True)
-    building = folder.parent / f".{folder.name}.{_own_name()}"
+    building = folder.parent / f".{folder.name}.{own_name()}"
     building.mkdir()
     try:
         build(building)
@@ -130,7 +130,7 @@ def _build(folder: pathlib.Path, build: Callable[[pathlib.Path], None], locked: 
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _own_name() -> str:
+def own_name() -> str:
     """Of a file or folder that no other process writes; in containers hosts and ids repeat."""
     return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
 

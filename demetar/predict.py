@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
     """What both commands do; the exit code."""
     from demetar.inference.model import load_model
     from demetar.inference.prediction import Prediction, predict_file
-    from demetar.job.place import find_place
+    from demetar.job.place import find_place, numbered
     from demetar.training import runtime
 
     if options.batch_size < 0:
@@ -97,11 +97,13 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
             embeddings=embeddings,
         )
         with _few_searches_for_cycles():
-            counts = predict_file(request, find_place(None, None, None))
+            here = numbered(find_place(None, None, None))
+            counts = predict_file(request, here)
         if not options.out:
             sys.stdout.write(out.read_text())
     print(_summary(counts, options.out), file=sys.stderr)
-    return EXIT_DONE if counts["ok"] else EXIT_NOTHING
+    # Only process 0, which writes the output, has seen all rows.
+    return EXIT_NOTHING if here.process == 0 and not counts["ok"] else EXIT_DONE
 
 
 def _input_and_output(options, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

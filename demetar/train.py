@@ -170,6 +170,13 @@ def restore_or_create(
         return experiment.create_state(), Progress.new(len(experiment.dataset.targets))
     identity, progress = checkpoints.meta(step)
     stored.check_same_run(identity, experiment.identity, workdir)
+    best = progress.best_step
+    if best and best not in checkpoints.all_steps():
+        log.complain(
+            f"The checkpoint of step {best}, which had the best validation score, is not there any "
+            "more: the best of what comes now counts."
+        )
+        progress.forget_best(step)
     return checkpoints.restore(step, experiment.abstract_state()), progress
 
 

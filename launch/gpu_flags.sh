@@ -3,9 +3,9 @@
 # An unknown XLA flag ends the program with its name; delete it here then.
 # shellcheck shell=sh
 
-# Overlap collectives with computing; join small ones.
+# Overlap collectives with computing; join small ones. All-reduces are joined by the program, in
+# config.mesh.gradient_groups.
 XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_latency_hiding_scheduler=true"
-XLA_FLAGS="$XLA_FLAGS --xla_gpu_all_reduce_combine_threshold_bytes=134217728"
 XLA_FLAGS="$XLA_FLAGS --xla_gpu_all_gather_combine_threshold_bytes=134217728"
 XLA_FLAGS="$XLA_FLAGS --xla_gpu_reduce_scatter_combine_threshold_bytes=67108864"
 export XLA_FLAGS

@@ -1,6 +1,7 @@
 """Configs: defaults for every key, files that say only what differs, the command line, resuming."""
 
 import ast
+import graphlib
 import itertools
 import json
 import pathlib
@@ -166,6 +167,30 @@ def test_config_files_import_nothing_of_the_project(file):
     nodes = ast.walk(ast.parse(file.read_text()))
     imports = [n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)]
     assert [n.module for n in imports] == ["ml_collections"]
+
+
+def test_no_circle_of_modules_and_no_way_back():
+    """Law of the rooms: docs/architecture.md."""
+    files = [f for top in ("demetar", "data_pipelines") for f in (REPOSITORY / top).rglob("*.py")]
+    parts = {f: f.relative_to(REPOSITORY).with_suffix("").parts for f in files}
+    names = {".".join(p[:-1] if p[-1] == "__init__" else p): f for f, p in parts.items()}
+    needs = {name: _imported(file, names) - {name} for name, file in names.items()}
+    list(graphlib.TopologicalSorter(needs).static_order())  # raises CycleError with the circle
+    pairs = [(name, other) for name, others in needs.items() for other in others]
+    for room, forbidden in (("data_pipelines", "demetar"), ("demetar.models", "demetar.training")):
+        assert not [p for p in pairs if p[0].startswith(room) and p[1].startswith(forbidden)]
+
+
+def _imported(file, names) -> set[str]:
+    """Modules of ours that a file imports when it is imported."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inside & names.keys() or {node.module}
+    return found & names.keys()
 
 
 def test_variants_of_qm9_combine_in_any_order():

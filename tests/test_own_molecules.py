@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import ase
 import ase.build
@@ -19,6 +21,7 @@ from conftest import REPOSITORY
 from test_docs import ALL
 from test_inference import experiment_of, weights_of
 
+from data_pipelines.dataset import PARTS
 from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError
 from data_pipelines.molecules import preparation
@@ -31,6 +34,7 @@ from demetar import evaluate, predict
 from demetar.exits import EXIT_DONE, EXIT_NOTHING
 from demetar.inference import package, prediction
 from demetar.inference.card import describe
+from demetar.inference.model import load_model
 from demetar.training.objective import standardize
 
 HOMO = COLUMNS.index("homo")
@@ -140,6 +144,40 @@ def test_labels_that_are_missing_weigh_nothing(molecules, tmp_path, here):
     part = {g: name for name, graphs in dataset.split.items() for g in graphs.tolist()}
     assert all(part[k] == part[len(atoms) + k] for k in range(10))
     assert "10 rows repeat a molecule" in dataset.about["duplicates"]
+
+
+def test_blank_cells_are_groups_of_their_own_and_in_no_part(molecules, tmp_path, here):
+    """As a file has them: readers give None for a blank cell."""
+    groups = {m.index: "one" if k < 6 else "" for k, m in enumerate(molecules)}
+    parts = {m.index: ("train", "validation", "test", "")[k % 4] for k, m in enumerate(molecules)}
+    rows = rows_of(molecules, group=lambda m: groups[m.index], part=lambda m: parts[m.index])
+    path, made = write_csv(tmp_path / "mine.csv", rows), {"geometry": "etkdg", "max_failed": 1.0}
+    grouped = load(path, tmp_path, group="group", **made)
+    assert all(len(graphs) > 3 for graphs in grouped.split.values())
+    place = {g: part for part, graphs in grouped.split.items() for g in graphs.tolist()}
+    assert len({place[g] for g in range(6)}) == 1
+    divided = load(path, tmp_path, split="column", split_column="part", **made)
+    assert {part: len(graphs) for part, graphs in divided.split.items()} == dict.fromkeys(PARTS, 15)
+
+
+def test_files_of_three_parts_say_what_they_share(molecules, tmp_path, here):
+    """Molecules may be shared, for a trajectory is of one; groups that were asked for may not."""
+    atoms = atoms_of(molecules)
+    for k, one in enumerate(atoms):
+        one.info["group"] = f"g{k}"
+    paths = {part: str(tmp_path / f"{part}.extxyz") for part in PARTS}
+    for part, rows in zip(PARTS, (slice(30), slice(27, 45), slice(45, 60)), strict=True):
+        ase.io.write(paths[part], atoms[rows])
+    files = {f"{part}_path": paths[part] for part in PARTS[1:]}
+    said = load(paths["train"], tmp_path, **files).about["duplicates"]
+    assert "3 rows repeat a molecule" in said and "3 of 18 for validation, 0 of 15 for test" in said
+    with pytest.raises(UserError, match="puts 3 molecules or groups into two parts"):
+        load(paths["train"], tmp_path, group="group", **files)
+    for one in atoms[45:]:
+        del one.info["homo"]
+    ase.io.write(paths["test"], atoms[45:])
+    with pytest.raises(UserError, match="None of the 15 molecules for test has a label of homo"):
+        load(paths["train"], tmp_path, **files)
 
 
 def test_a_unit_changes_nothing_that_is_learned(molecules, tmp_path, here):
@@ -405,6 +443,27 @@ def test_killed_or_divided_a_prediction_has_the_same_bytes(saved, tmp_path, runn
     assert again.returncode == EXIT_DONE, err[-2000:]
     assert out("killed").read_bytes() == out("two").read_bytes()
     assert len(read_csv(out("two"))) == 40
+
+
+def test_what_a_process_does_that_was_thought_lost(molecules, saved, tmp_path, quietly):
+    """Process 0 has predicted its chunks and deleted the parts: it ends, and nothing fails."""
+    ase.io.write(tmp_path / "mine.extxyz", atoms_of(molecules[:12]))
+    request = prediction.Prediction(
+        load_model(saved), tmp_path / "mine.extxyz", tmp_path / "out.csv", batch_size=8
+    )
+    assert prediction._predict(request, lambda chunk: True, iter(())).total() == 0
+    request.parts.mkdir()
+    assert not prediction._others_come(request, itertools.repeat(None), patience=0)
+    assert prediction._predict(request, lambda chunk: True, iter(())).total() == 12
+
+
+def test_only_process_0_knows_that_nothing_was_predicted(saved, quietly, monkeypatch):
+    monkeypatch.setattr(prediction, "predict_file", lambda request, here: Counter())
+    place = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
+    for process, code in ((0, EXIT_NOTHING), (1, EXIT_DONE)):
+        for name, value in (place | {"JAX_PROCESS_ID": str(process)}).items():
+            monkeypatch.setenv(name, value)
+        assert predict.main(["CO", f"--model={saved}", "--out=out.csv"]) == code
 
 
 def test_a_file_is_scored_in_any_unit(molecules, saved, tmp_path, quietly, capsys):

@@ -23,7 +23,7 @@ from demetar.exits import (
 from demetar.job.agreement import odd_one_out
 from demetar.job.failures import check_progress, count_failure
 from demetar.job.job import Job
-from demetar.job.place import find_place
+from demetar.job.place import Place, find_place, numbered
 from demetar.records.files import read_json, read_jsonl
 from demetar.records.graph_log import read_graph_log
 from demetar.tools.faults.bench import HOOK
@@ -436,6 +436,14 @@ def test_flags_win_and_must_be_complete():
         find_place("host", 4, 0, {})
     with pytest.raises(UserError, match="launch/jobset.yaml"):
         find_place(None, None, None, {"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"})
+
+
+def test_only_jax_can_count_the_processes_of_a_tpu():
+    here = numbered(Place("TPU", None, None, method=None))
+    assert (here.process, here.count) == (0, 1)
+    assert numbered(Place("flags", 2, 4)) == Place("flags", 2, 4)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES"):
+        numbered(Place("Kubernetes", None, None, method="k8s"))
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,16 @@ def test_damaged_checkpoint_falls_back_and_says_so(half, damage, reason, capsys)
     assert reason in said
 
 
+def test_a_run_goes_on_without_its_best_checkpoint(config_of, half, capsys):
+    best = Checkpoints(half, 2, Job.alone()).meta(40)[1].best_step
+    assert best < 35
+    flip_a_bit(largest_file(half / "checkpoints" / str(best)))
+    train_and_evaluate(config_of(STATEFUL), half, Job.alone())
+    said = capsys.readouterr().err
+    assert f"The checkpoint of step {best}, which had the best validation score, is not" in said
+    assert result(half)["step"] == 40 and lines(half, "validation")[-1]["step"] == 40
+
+
 def test_a_checkpoint_that_the_disk_does_not_give_is_set_aside(half, monkeypatch, capsys):
     read = manifest._files
 

@@ -13,7 +13,7 @@ from data_pipelines.elements import symbols
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.molecules import preparation, references
 from data_pipelines.molecules.preparation import OwnMolecules, Request
-from data_pipelines.molecules.splits import conflicts, make_split
+from data_pipelines.molecules.splits import check_together, conflicts, make_split
 from data_pipelines.molecules.units import parse_column
 from data_pipelines.targets import Target
 
@@ -183,6 +183,9 @@ def _target(column, molecules: OwnMolecules, options: Options) -> Target:
 
 def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[str, np.ndarray]:
     if len(_paths(options)) > 1:
+        # Files may share molecules: geometries of one, of a trajectory. `_about` says how many.
+        if options.group:
+            check_together(molecules.source, molecules.group)
         return {part: np.flatnonzero(molecules.source == k) for k, part in enumerate(PARTS)}
     column = None
     if options.split == "column":
@@ -260,7 +263,7 @@ def _about(
     if repeats:
         columns = {target.name: molecules.labels[:, k] for k, target in enumerate(targets)}
         odd = conflicts(molecules.identity, columns)
-        lines["duplicates"] = f"{repeats} rows repeat a molecule, always in one part"
+        lines["duplicates"] = f"{repeats} rows repeat a molecule, {_where(molecules, parts)}"
         if odd:
             rows = ", ".join(str(molecules.number[row]) for row in odd[0].rows[:3])
             lines["duplicates"] += (
@@ -268,3 +271,17 @@ def _about(
                 f"{odd[0].low:g} to {odd[0].high:g}"
             )
     return lines
+
+
+def _where(molecules: OwnMolecules, parts: Mapping) -> str:
+    """Whether rows of one molecule are in one part: those of files of their own may not be."""
+    trained = molecules.identity[parts["train"]]
+    also = {
+        part: np.isin(molecules.identity[parts[part]], trained).sum()
+        for part in PARTS
+        if part != "train"
+    }
+    if not any(also.values()):
+        return "always in one part"
+    shares = ", ".join(f"{n} of {len(parts[part])} for {part}" for part, n in also.items())
+    return f"and molecules that are trained on are in other parts too: {shares}"

@@ -31,7 +31,7 @@ from data_pipelines.molecules.record import BLANK, Molecule, Refusal, Row
 from data_pipelines.molecules.units import Column
 from data_pipelines.prepared import default_cache_dir, prepare, write, write_parts
 
-_PREPARATION_VERSION = 1  # raise it when prepared folders of before must not be used
+_PREPARATION_VERSION = 2  # raise it when prepared folders of before must not be used
 ROWS_OF_A_PART = 2_048
 _ROWS_OF_A_BLOCK = 64  # that a worker gets at once
 
@@ -155,16 +155,22 @@ def _prepare_row(request: Request, source: int, row: Row) -> dict:
     found = {"number": row.number, "source": source, "made": made}
     if isinstance(made, Refusal):
         return found
-    text = lambda column: str(row.columns.get(column, "")) if column else ""
     return found | {
         "labels": labels,
         "node_labels": node_labels,
         "identity": identity_key(made),
         "scaffold": scaffold(made) if request.scaffolds else "",
         # A row without a group is one of its own.
-        "group": text(request.group).strip() or f"row {source}:{row.number}",
-        "part": text(request.part),
+        "group": _text(row, request.group) or f"row {source}:{row.number}",
+        "part": _text(row, request.part),
     }
+
+
+def _text(row: Row, column: str) -> str:
+    """A cell as text; "" where it is blank, or no column is asked for."""
+    value = row.columns.get(column) if column else None
+    text = "" if value is None else str(value).strip()
+    return "" if text.lower() == "nan" else text  # a blank cell of a column of numbers
 
 
 def _label(row: Row, column: Column) -> float:

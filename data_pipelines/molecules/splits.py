@@ -65,7 +65,7 @@ def make_split(
             part = _of_column(column)
         else:
             part = _of_file(file, fold, np.arange(len(keys)) + 1 if numbers is None else numbers)
-        _check_together(part, _clusters(keys, groups))
+        check_together(part, keys, groups)
     else:
         cluster = _clusters(keys, groups, scaffolds if kind == "scaffold" else None)
         order = _shuffled(cluster, keys, seed)
@@ -222,8 +222,14 @@ def _rows(rows, where: str, remedy: str) -> list[int]:
     raise UserError(f"{where}: {str(rows)[:60]!r} is no list of rows. {remedy}")
 
 
-def _check_together(part: np.ndarray, cluster: np.ndarray) -> None:
-    """Refuses clusters that stand in two parts."""
+def check_together(part: np.ndarray, *columns: Sequence | None) -> None:
+    """Refuses rows with a value of a column in common, directly or through others, in two parts.
+
+    Args:
+      part: [n] number of the part of each row; -1: of none.
+      columns: [n] values each, or None.
+    """
+    cluster = _clusters(*columns)
     kept = np.flatnonzero(part >= 0)
     low, high = np.full(cluster.max() + 1, len(PARTS)), np.full(cluster.max() + 1, -1)
     np.minimum.at(low, cluster[kept], part[kept])

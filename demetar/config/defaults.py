@@ -33,7 +33,7 @@ DEFAULTS = {
         "batch_size": 128,  # graphs of a training step, over all devices
         "eval_batch_size": 256,  # graphs of a batch of an evaluation, over all devices
         "prefetch_threads": 1,  # threads that assemble batches
-        "prefetch_batches": 8,  # batches that each of them has ready
+        "prefetch_batches": 8,  # batches that are ready, at most
     },
     "model": {
         "name": "demetar",  # a row of demetar/models/__init__.py

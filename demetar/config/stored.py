@@ -10,7 +10,8 @@ import numpy as np
 from data_pipelines.errors import UserError
 from demetar.config import defaults
 
-# A run may be resumed with other values of these: they change no number.
+# A run may be resumed with other values of these: they change no number. What the data and the
+# split are is in the passport, wherever the files lie.
 _FREE = (
     "log.",
     "checkpoint.",
@@ -19,6 +20,9 @@ _FREE = (
     "data.prefetch",
     "data.cache_dir",
     "data.path",
+    "data.validation_path",
+    "data.test_path",
+    "data.split_file",
 )
 
 

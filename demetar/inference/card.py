@@ -106,6 +106,11 @@ def describe(experiment, result: Mapping[str, Any], licence: str = "") -> dict[s
     are_molecules = dataset.items == "molecules"
     edges = None
     if are_molecules:
+        if not ("edges" in config.data and "edge_cutoff" in config.data):
+            raise UserError(
+                f"Data set {config.data.name!r} has no options `edges` and `edge_cutoff`, so the "
+                "model would not know which pairs of a new molecule are edges: give it both."
+            )
         edges = {"kind": config.data.edges, "cutoff": config.data.edge_cutoff}
     inputs = ("velocity", "charge", "node_feature", "graph_feature")
     return {

@@ -152,6 +152,8 @@ class Model:
         self, molecules: Sequence[Molecule], batch_size: int | None = None
     ) -> np.ndarray:
         """[G, D] float32: what the network knows of each molecule before its read-out."""
+        if not molecules:
+            raise UserError("There are no molecules to embed: give at least one.")
         embedding = self.predict_and_embed(molecules, batch_size)[1]
         if embedding is None:
             raise UserError(

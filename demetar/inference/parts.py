@@ -9,6 +9,7 @@ import numpy as np
 
 from data_pipelines.molecules.packing import pack_molecules, unpack_molecules
 from data_pipelines.molecules.record import Molecule
+from data_pipelines.prepared import own_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Part:
             arrays |= _packed(f"column.{name}", values)
         packed = pack_molecules(self.molecules)
         arrays |= {f"molecule.{name}": values for name, values in packed.items()}
-        building = file.with_name(f"building-{file.name}")
+        # A name of its own: two processes may write one part, where one was thought lost.
+        building = file.with_name(f"building-{own_name()}.npz")
         np.savez(building, **arrays)
         building.rename(file)
 

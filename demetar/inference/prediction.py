@@ -42,7 +42,9 @@ _BLOCKS_AHEAD = 2 * ROWS_OF_A_CHUNK // _ROWS_OF_A_BLOCK  # made while accelerato
 # A CPU that computes has no core to spare: both at once take the caches from each other. As many as
 # are made while the part before is written.
 _BLOCKS_AHEAD_ON_CPU = 24
-_LOST_SECONDS = 300  # without a new part, after which process 0 predicts what is missing
+# Without a new part for so long, process 0 predicts what is missing; or for so many times as long
+# as its own chunks took, if that is longer.
+_LOST_SECONDS, _LOST_CHUNKS = 300, 3
 # Outputs that are tables: they hold no atoms, so the parts need none.
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 
@@ -124,9 +126,11 @@ def predict_file(request: Prediction, place: Place) -> Counter:
         return _predict(request, lambda chunk: chunk % place.count == place.process, iter(()))
     counts = Counter()
     with output.open(request.parts) as out:
-        writing = _write(request, out, counts)
-        _predict(request, lambda chunk: chunk % place.count == 0, writing)
-        if place.count > 1 and not _others_come(request, writing):
+        writing, start = _write(request, out, counts), time.monotonic()
+        rows = _predict(request, lambda chunk: chunk % place.count == 0, writing).total()
+        of_a_chunk = (time.monotonic() - start) * ROWS_OF_A_CHUNK / max(rows, 1)
+        patience = max(_LOST_SECONDS, _LOST_CHUNKS * of_a_chunk if rows else 0)
+        if place.count > 1 and not _others_come(request, writing, patience):
             _predict(request, lambda chunk: True, writing)  # what a lost process has left
     shutil.rmtree(request.parts)
     return counts
@@ -175,7 +179,12 @@ def _predict(
         for chunk, group in itertools.groupby(made, key=lambda block: block[0]):
             rows = [row for _, *block in group for row in _unpacked(*block)]
             part = _predicted(request, rows)
-            part.save(request.part(chunk))
+            try:
+                part.save(request.part(chunk))
+            except FileNotFoundError:
+                if request.parts.exists():
+                    raise
+                return counts  # process 0 took this one for lost, has predicted all, and is done
             counts += Counter(part.columns["status"].tolist())
             geometries = set(part.columns["geometry"].tolist()) - {""} - seen
             model.warn_of_geometry(geometries)
@@ -286,13 +295,13 @@ def _write(request: Prediction, out: writers.Writer, counts: Counter) -> Iterato
         counts.update(part.columns["status"].tolist())
 
 
-def _others_come(request: Prediction, writing: Iterator[None]) -> bool:
-    """Writes until all is written; False if no new part came for too long."""
+def _others_come(request: Prediction, writing: Iterator[None], patience: float) -> bool:
+    """Writes until all is written; False if no new part came for so many seconds."""
     found, since, nothing = -1, time.monotonic(), object()
     while next(writing, nothing) is not nothing:
         if (there := len(list(request.parts.glob("[0-9]*.npz")))) > found:
             found, since = there, time.monotonic()
-        if time.monotonic() - since > _LOST_SECONDS:
+        if time.monotonic() - since > patience:
             print("Chunks of other processes do not come: predicting them here.")
             return False
         time.sleep(0.5)

@@ -7,6 +7,8 @@ import importlib.util
 import os
 from collections.abc import Mapping
 
+import jax
+
 from data_pipelines.errors import UserError
 
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -75,6 +77,18 @@ def find_place(coordinator, count, process, environ: Mapping[str, str] = os.envi
     if "," in hosts or (on_tpu and "TPU_SKIP_MDS_QUERY" not in environ):
         return Place("TPU", None, None, method=None)
     return Place("one process")
+
+
+def numbered(here: Place) -> Place:
+    """The same with number and count, also where only JAX can tell; for what needs no others."""
+    if here.count is not None:
+        return here
+    if here.method == "k8s":
+        raise UserError(
+            "A pod of an Indexed Job is not told how many there are: set "
+            f"{', '.join(_ENVIRONMENT)} as launch/jobset.yaml does."
+        )
+    return dataclasses.replace(here, process=jax.process_index(), count=jax.process_count())
 
 
 def _numbers(texts: Mapping[str, object], process_name: str, count_name: str) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 Until all processes have started there is nothing to save, and a signal ends this one at
 once; the others see that it said goodbye and follow. Afterwards a signal only sets a flag,
-which every step adds up over all processes (`sharding.flags`), so that they all stop at the
+which every step adds up over all processes (`sharding.stop_flags`), so that they all stop at the
 same step. A second signal, two seconds later or more, exits immediately; the last checkpoint
 stays whole.
 

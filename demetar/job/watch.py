@@ -12,7 +12,7 @@ name of the process behind it, when
 Files, not the coordinator of `jax.distributed`: they outlive process 0, can be read by a
 person, and serve as heartbeat for Kubernetes (their time of change). This module compares no
 clocks of different machines. A process that holds the interpreter's lock for ever cannot watch
-itself; `faulthandler` then dumps its stacks and ends it.
+itself; `faulthandler` then dumps its stacks, and SIGALRM ends it.
 """
 
 import dataclasses

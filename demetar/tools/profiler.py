@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipelines.errors import UserError
 from demetar.job.job import Job
-from demetar.job.place import Place
+from demetar.job.place import Place, numbered
 from demetar.records.log import say
 from demetar.speed.machine import Peak
 from demetar.speed.program import Program
@@ -27,9 +27,8 @@ from demetar.training.trainer import Trainer
 
 
 def check_alone(here: Place) -> None:
-    """A `UserError` in a job of several processes; of a TPU only JAX can count them."""
-    count = jax.process_count() if here.count is None else here.count
-    if count > 1:
+    """A `UserError` in a job of several processes."""
+    if (count := numbered(here).count) > 1:
         raise UserError(
             f"demetar profile looks at one process, but {here.source} started {count}: start it "
             "outside of the job."

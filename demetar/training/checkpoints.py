@@ -100,6 +100,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        """Of the checkpoints that are there, whole."""
+        return sorted(self._manager.all_steps())
+
     def meta(self, step: int) -> tuple[dict, Progress]:
         """Identity (config and passport) and progress of the run at `step`."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -115,10 +119,10 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state):
         """The state of `step`, in the shapes, types and shardings of `abstract_state`."""
-        if step not in self._manager.all_steps():
+        if step not in self.all_steps():
             raise UserError(
                 f"{self._folder} has no whole checkpoint of step {step}, which had the best "
-                f"validation score; it has {sorted(self._manager.all_steps())}."
+                f"validation score; it has {self.all_steps()}."
             )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         self._check_parameters(step, abstract_state.params)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -84,7 +85,9 @@ def reported_metrics(
     for target, mean in zip(targets, mean_T, strict=True):
         measure = MEASURES[target.metric]
         mean = mean * normalizations[target.name].scale ** measure.power
-        found[target.name] = float(measure.finish(mean, label_variance(dataset, target, graphs)))
+        # Of many labels it takes a while, and progress lines ask again and again.
+        variance = label_variance(dataset, target, graphs) if measure.of_variance else math.nan
+        found[target.name] = float(measure.finish(mean, variance))
     return found
 
 
@@ -137,10 +140,13 @@ class Evaluator:
         """
         experiment = self._experiment
         dataset, arrays, mesh = experiment.dataset, experiment.arrays, experiment.mesh
-        batch_size = experiment.config.data.eval_batch_size
+        data = experiment.config.data
+        batch_size = data.eval_batch_size
         plan = BatchPlan(arrays.sizes, dataset.split[part], dataset.buckets, batch_size, seed=None)
         rows = sharding.process_rows(mesh, batch_size)
-        batches = batching.batches(arrays, plan, rows, range(plan.steps_per_epoch))
+        steps = range(plan.steps_per_epoch)
+        ahead = data.prefetch_threads, data.prefetch_batches
+        batches = batching.batches(arrays, plan, rows, steps, *ahead)
         outputs = []  # fetched after the loop: it never waits for a device that has work to do
         for number, (bucket, batch) in enumerate(batches):
             self._job.watch.phase(f"evaluation of {part}, batch {number}")

@@ -18,6 +18,7 @@ class Measure:
       power: the unit of that number is the target's to this power.
       finish: (mean, variance of the labels), floats in reported units -> the reported value.
       unit: of the reported value, from the target's.
+      of_variance: whether `finish` looks at the variance.
       is_loss: whether it may be differentiated and added over targets.
     """
 
@@ -25,6 +26,7 @@ class Measure:
     power: int
     finish: Callable[[float, float], float] = lambda mean, variance: mean
     unit: Callable[[str], str] = lambda unit: unit
+    of_variance: bool = False
     is_loss: bool = True
 
 
@@ -50,6 +52,7 @@ MEASURES = {
         # Of equal labels no share of the variance can be explained.
         lambda mean, variance: 1 - mean / variance if variance > 0 else float("nan"),
         unit=_none,
+        of_variance=True,
         is_loss=False,
     ),
     "huber": Measure(_huber, 0, unit=_none),

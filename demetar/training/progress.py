@@ -86,6 +86,11 @@ class Progress:
             self.best_score, self.best_step = score, step
         return best
 
+    def forget_best(self, step: int) -> None:
+        """Its weights are lost: the next evaluation is the best, of `step` itself if it had one."""
+        self.best_score, self.best_step = math.inf, 0
+        self.last_eval_step = min(self.last_eval_step, step - 1)
+
     def to_json(self) -> dict[str, Any]:
         """A score that there is not yet is null."""
         return finite(dataclasses.asdict(self))

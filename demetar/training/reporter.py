@@ -48,7 +48,7 @@ class Reporter:
             config.log.project,
             job.is_main,
         )
-        self._cost: concurrent.futures.Future = concurrent.futures.Future()
+        self._cost: concurrent.futures.Future | None = None
         self._pace = Pace(step, self._num_steps, self.work_of)
         self._peak = Peak(runtime.cache_dir(config), config.model.dtype, job.count)
 
@@ -82,7 +82,8 @@ class Reporter:
 
     def count_operations(self) -> None:
         """On a thread beside the steps: what a graph costs, for the share of the peak."""
-        self._job.background.submit(lambda: self._cost.set_result(self._experiment.graph_cost))
+        self._cost = self._job.background.submit(lambda: self._experiment.graph_cost)
+        self._cost.add_done_callback(_say_failure)
 
     def work_of(self, steps: list[int]) -> tuple:
         """(graphs, operations or None, nodes, slots for nodes) of these steps, by the plan."""
@@ -92,8 +93,8 @@ class Reporter:
         graphs = graphs[graphs >= 0]
         nodes, edges = sizes.num_nodes[graphs], sizes.num_edges[graphs]
         slots = plan.batch_size * sum(plan.buckets[bucket].num_nodes for bucket, _ in batches)
-        cost = self._cost.result() if self._cost.done() else None
-        flops = None if cost is None else cost.flops(nodes, edges).sum()
+        known = self._cost is not None and self._cost.done() and not self._cost.exception()
+        flops = self._cost.result().flops(nodes, edges).sum() if known else None
         return len(graphs), flops, nodes.sum(), slots
 
     def _blame(self, sums: StepSums, step: int) -> str:
@@ -178,3 +179,9 @@ class Reporter:
 
     def close(self) -> None:
         self._writers.close()
+
+
+def _say_failure(counting: concurrent.futures.Future) -> None:
+    """Where operations could not be counted, progress lines lack the share of the peak: say why."""
+    if not counting.cancelled() and (error := counting.exception()):
+        log.complain(f"The operations of a graph could not be counted: {error!r}")
