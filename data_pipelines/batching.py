@@ -13,7 +13,7 @@ import grain
 import numpy as np
 
 from data_pipelines.batch_plan import BatchPlan, Bucket, Sizes
-from data_pipelines.edges import PairEdges, StoredEdges
+from data_pipelines.edges import PairEdges, StoredEdges, row_numbers
 from data_pipelines.graph import Graph
 
 
@@ -62,11 +62,7 @@ class GraphArrays:
 
     def nodes_of(self, graphs_g: np.ndarray) -> np.ndarray:
         """Row numbers of the nodes of these graphs, one graph after the other."""
-        start_g, count_g = self.node_offset[graphs_g], self.sizes.num_nodes[graphs_g]
-        ends_g = np.cumsum(count_g)
-        return np.arange(ends_g[-1] if len(ends_g) else 0) + np.repeat(
-            start_g - (ends_g - count_g), count_g
-        )
+        return row_numbers(self.node_offset[graphs_g], self.sizes.num_nodes[graphs_g])
 
 
 def gather(arrays: GraphArrays, graphs_B: np.ndarray, bucket: Bucket) -> Graph:

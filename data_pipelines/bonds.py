@@ -96,7 +96,7 @@ def chemistry_of_atoms(
     table_Nx5 = np.zeros((len(atomic_numbers_N), 5), np.uint8)
     table_Nx5[:, 4] = np.bincount(ends[has_hydrogen, 0], minlength=len(atomic_numbers_N))
     heavy = np.flatnonzero(atomic_numbers_N > 1)
-    molecule = _rdkit().MolFromSmiles(smiles)
+    molecule = rdkit().MolFromSmiles(smiles)
     atoms = [] if molecule is None else list(molecule.GetAtoms())
     described = [(a.GetAtomicNum(), a.GetTotalNumHs()) for a in atoms]
     if described == list(zip(atomic_numbers_N[heavy], table_Nx5[heavy, 4], strict=True)):
@@ -107,8 +107,9 @@ def chemistry_of_atoms(
 
 
 @functools.cache
-def _rdkit():
-    from rdkit import Chem, RDLogger  # slow to import, and needed only to prepare
+def rdkit():
+    """The module `rdkit.Chem`, silent."""
+    from rdkit import Chem, RDLogger  # takes 0.1 s to import, and is needed only to prepare
 
     RDLogger.DisableLog("rdApp.*")
     return Chem
@@ -116,9 +117,9 @@ def _rdkit():
 
 def _heavy_atoms_of_smiles(smiles: str):
     """(atomic numbers, hydrogens per atom, bond orders [n, n]), or None if unreadable."""
-    molecule = _rdkit().MolFromSmiles(smiles)
+    molecule = rdkit().MolFromSmiles(smiles)
     if molecule is None:
         return None
     atoms = [(a.GetAtomicNum(), a.GetTotalNumHs()) for a in molecule.GetAtoms()]
     numbers, hydrogens = np.array(atoms).reshape(-1, 2).T
-    return numbers, hydrogens, _rdkit().GetAdjacencyMatrix(molecule, useBO=True)
+    return numbers, hydrogens, rdkit().GetAdjacencyMatrix(molecule, useBO=True)

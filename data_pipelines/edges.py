@@ -126,8 +126,13 @@ class PairEdges:
 def rows_of(edges: StoredEdges | PairEdges, graphs_g: np.ndarray) -> np.ndarray:
     """The edges of some graphs, one graph after the other, [e, 3]."""
     start_g, count_g, rows = edges.of(graphs_g)
+    return rows[row_numbers(start_g, count_g)]
+
+
+def row_numbers(start_g: np.ndarray, count_g: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of the first graph, `count` of them, then those of the next."""
     before_g = np.cumsum(count_g) - count_g
-    return rows[np.arange(count_g.sum()) + np.repeat(start_g - before_g, count_g)]
+    return np.arange(count_g.sum()) + np.repeat(start_g - before_g, count_g)
 
 
 def make_edges(molecules: Molecules, kind: str, cutoff: float) -> StoredEdges | PairEdges:

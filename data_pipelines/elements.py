@@ -59,3 +59,11 @@ def check_elements(atomic_numbers, elements: tuple[int, ...], molecule, data_set
             f"{data_set} has only {', '.join(map(name, elements))}: leave the molecule out, or use "
             "a data set that names this element."
         )
+
+
+def composition(atomic_number_N: np.ndarray, node_offset_G: np.ndarray, elements) -> np.ndarray:
+    """How many atoms of each of `elements` each molecule has: [G, Z] int64."""
+    starts = node_offset_G[:-1]
+    return np.stack(
+        [np.add.reduceat(atomic_number_N == z, starts) for z in elements], axis=1
+    ).astype(np.int64)

@@ -26,8 +26,8 @@ import tempfile
 
 from data_pipelines.json_text import json_text
 from demetar.config import command_line
+from demetar.config.command_line import positive
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
-from demetar.tools.local_job import positive
 from demetar.tools.random_faults import EXACT, chaos
 from demetar.tools.resume_check import check_steps, parse_for_runs
 from demetar.training.provenance import provenance

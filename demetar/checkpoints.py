@@ -15,9 +15,9 @@ import sys
 
 from data_pipelines.errors import UserError
 from demetar.config import command_line
+from demetar.config.command_line import positive
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.tools import checkpoint_files
-from demetar.tools.local_job import positive
 
 
 @exits_cleanly

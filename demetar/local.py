@@ -12,6 +12,7 @@ losing a process, N times at most.
 import sys
 
 from demetar.config import command_line
+from demetar.config.command_line import positive
 from demetar.tools import local_job
 
 
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> int:
     """The command; returns its exit code."""
     parser = command_line.make_parser("local", __doc__)
     kind = parser.add_mutually_exclusive_group(required=True)
-    number = {"type": local_job.positive, "metavar": "N"}
+    number = {"type": positive, "metavar": "N"}
     kind.add_argument("--gpus", **number, help="one process for each of N GPUs")
     kind.add_argument("--cpu", **number, help="N processes on the CPU")
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help="start again so often")

@@ -13,12 +13,11 @@ import pathlib
 import sys
 import tempfile
 
-from demetar.config.command_line import make_parser, parse_with_config
+from demetar.config.command_line import make_parser, parse_with_config, positive
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.job.place import find_place
 from demetar.records.log import say
 from demetar.tools import profiler
-from demetar.tools.local_job import positive
 from demetar.training import runtime
 from demetar.training.experiment import build_experiment
 

@@ -18,8 +18,8 @@ import sys
 import tempfile
 
 from demetar.config import command_line
+from demetar.config.command_line import positive
 from demetar.exits import EXIT_DONE, EXIT_FAILED, exits_cleanly
-from demetar.tools.local_job import positive
 from demetar.tools.resume_check import TOLERANCE, check_steps, parse_for_runs, verify
 
 _AXES = ("data", "fsdp", "model")

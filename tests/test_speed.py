@@ -188,7 +188,7 @@ def test_the_work_of_other_programs_is_seen():
 def test_own_work_is_not_that_of_others(monkeypatch):
     clocks = iter([(10.0, 100.0, 5.0), (12.0, 103.0, 7.5), (20.0, 200.0, 9.0), (21.0, 200.5, 10.0)])
     monkeypatch.setattr(machine._Load, "_clocks", lambda self: next(clocks))
-    monkeypatch.setattr(machine, "_cores", lambda: [0, 1])
+    monkeypatch.setattr(machine, "usable_cores", lambda: [0, 1])
     load = machine._Load()
     for _ in range(2):
         with load:

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import PARTS, Dataset, make_buckets, training_mean
 from data_pipelines.edges import load_edges
-from data_pipelines.elements import symbols
+from data_pipelines.elements import composition, symbols
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.molecules import preparation, references
 from data_pipelines.molecules.preparation import OwnMolecules, Request
@@ -215,7 +215,7 @@ def _labels(
             f"config.data.extensive names {sorted(unknown)[0]!r}, which is no target. Targets: "
             f"{', '.join(target.name for target in targets)}."
         )
-    counts_GxZ = references.composition(molecules.atomic_number, molecules.node_offset, elements)
+    counts_GxZ = composition(molecules.atomic_number, molecules.node_offset, elements)
     labels, found = {}, {}
     for k, target in enumerate(targets):
         if target.per_node:

@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.errors import UserError
 
 Item = TypeVar("Item")
@@ -48,7 +49,7 @@ def map_rows(
       UserError: workers died again and again at the same chunks.
       Exception: whatever `function` raises, in the order of the items.
     """
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or len(usable_cores())
     stream = iter(items)
     chunks = iter(lambda: list(itertools.islice(stream, chunk)), [])
     if processes == 1:

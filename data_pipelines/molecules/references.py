@@ -17,14 +17,6 @@ from data_pipelines.errors import UserError
 from data_pipelines.ranges import FINITE, check_range
 
 
-def composition(atomic_number_N: np.ndarray, node_offset_G: np.ndarray, elements) -> np.ndarray:
-    """How many atoms of each of `elements` each molecule has: [G, Z] int64."""
-    starts = node_offset_G[:-1]
-    return np.stack(
-        [np.add.reduceat(atomic_number_N == z, starts) for z in elements], axis=1
-    ).astype(np.int64)
-
-
 def fit(label_g: np.ndarray, composition_gxZ: np.ndarray, elements) -> dict[int, float]:
     """Atomic number -> its reference in the unit of the labels; NaN labels are left out.
 

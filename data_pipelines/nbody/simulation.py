@@ -12,11 +12,11 @@ the same dt, nothing clipped (SEGNN's systems). Units are the simulator's own.
 
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Iterator
 
 import numpy as np
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.nbody.draws import Start, reflect
 from data_pipelines.nbody.protocols import DT, Protocol
 
@@ -55,7 +55,7 @@ def simulate_in_parts(start: Start, protocol: Protocol) -> Iterator[tuple[State,
     def states(part: slice) -> tuple[State, ...]:
         return tuple(run(start[part], save_at, protocol.box))
 
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(len(usable_cores())) as pool:
         yield from pool.map(states, parts)
 
 

@@ -10,7 +10,7 @@ from data_pipelines.qm9 import geometry as geometries
 from data_pipelines.qm9 import node_features as atoms
 from data_pipelines.qm9 import preparation
 from data_pipelines.qm9.properties import ELEMENTS, get_properties, labels, references
-from data_pipelines.qm9.splits import get_split
+from data_pipelines.qm9.splits import get_split, limited
 from data_pipelines.scattering import features
 
 DEFAULTS = {
@@ -47,7 +47,7 @@ def load(
     """QM9 with the options of `DEFAULTS`."""
     rows = get_properties(targets)
     molecules, passport = preparation.load(source, path, cache_dir)
-    parts = geometries.limited(get_split(split, molecules.index), limit)
+    parts = limited(get_split(split, molecules.index), limit)
     if geometry != "file" and node_features != "none":
         raise UserError(
             f"config.data.node_features ({node_features!r}) describes atoms in the order of the "

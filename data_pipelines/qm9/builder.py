@@ -11,7 +11,7 @@ from data_pipelines.qm9.properties import COLUMNS
 
 
 class Qm9(tfds.core.GeneratorBasedBuilder):
-    """QM9 from an iterable of `Molecule`.
+    """QM9 from an iterable of `SourceMolecule`.
 
     Attributes:
       agreement: molecules per `Agreement` of SMILES and geometry, filled while building.

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipelines.errors import UserError, check_known
+from data_pipelines.edges import row_numbers
+from data_pipelines.errors import check_known
 from data_pipelines.molecules.making.make import make_molecule
 from data_pipelines.molecules.parallel import map_rows
 from data_pipelines.molecules.record import Molecule, Row
@@ -22,27 +23,10 @@ from data_pipelines.qm9 import preparation
 from data_pipelines.qm9.preparation import MoleculeArrays
 
 # "file+mmff": every molecule twice, in the same part.
-GEOMETRIES = ("file", "etkdg", "mmff", "file+etkdg", "file+mmff")
+QM9_GEOMETRIES = ("file", "etkdg", "mmff", "file+etkdg", "file+mmff")
 _VERSION = 1  # raise it when geometries that were prepared before must not be used
 _MOLECULES_OF_A_PART = 1_024
 Parts = dict[str, np.ndarray]
-
-
-def limited(parts: Parts, limit: int) -> Parts:
-    """`limit` molecules of train (0: all), at most a fifth of that of the others; drawn by seed 0.
-
-    The molecules of a limit are among those of a larger one.
-    """
-    if limit < 0 or 0 < limit < 5:
-        raise UserError(
-            f"config.data.limit is {limit}: 0 for all molecules, else at least 5 of the training "
-            "part (a fifth of them in the other parts)."
-        )
-    if not limit:
-        return parts
-    sizes = {part: limit if part == "train" else limit // 5 for part in parts}
-    drawn = lambda rows, n: rows[np.random.RandomState(0).permutation(len(rows))[:n]]
-    return {part: drawn(rows, sizes[part]) for part, rows in parts.items()}
 
 
 def load(
@@ -57,7 +41,7 @@ def load(
     """Molecules of the parts with the geometries asked for, made first where needed.
 
     Args:
-      kind: of `GEOMETRIES`.
+      kind: of `QM9_GEOMETRIES`.
       molecules, passport: of `preparation.load`.
       parts: positions of the molecules of each part.
       source, path, cache_dir: as `preparation.load` takes them.
@@ -66,7 +50,7 @@ def load(
       Molecules in ascending number (with `file+`: those of the file, then those made), the
       positions of each part in them, and the passport of these data.
     """
-    check_known("config.data.geometry", kind, GEOMETRIES)
+    check_known("config.data.geometry", kind, QM9_GEOMETRIES)
     if kind == "file":
         return molecules, parts, passport
     wanted_g = np.sort(np.concatenate(list(parts.values())))
@@ -107,9 +91,7 @@ def _taken(molecules: MoleculeArrays, rows_g: np.ndarray) -> MoleculeArrays:
 
     def rows_of(offset):
         counts = np.diff(offset)[rows_g]
-        ends = np.cumsum(counts)
-        start = offset[rows_g] - (ends - counts)
-        return np.concatenate([[0], ends]), np.arange(ends[-1]) + np.repeat(start, counts)
+        return np.concatenate([[0], np.cumsum(counts)]), row_numbers(offset[rows_g], counts)
 
     node_offset, nodes = rows_of(molecules.node_offset)
     bond_offset, bonds = rows_of(molecules.bond_offset)

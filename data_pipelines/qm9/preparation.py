@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.elements import check_elements
+from data_pipelines.elements import check_elements, composition
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.qm9.properties import ELEMENTS, PROPERTIES
@@ -58,10 +58,7 @@ class MoleculeArrays:
 
     def composition(self) -> np.ndarray:
         """How many atoms of each of `ELEMENTS` each molecule has: [G, 5] int64."""
-        starts = self.node_offset[:-1]
-        return np.stack(
-            [np.add.reduceat(self.atomic_number == z, starts) for z in ELEMENTS], axis=1
-        ).astype(np.int64)
+        return composition(self.atomic_number, self.node_offset, ELEMENTS)
 
 
 def load(source: str, path: str = "", cache_dir: str = "") -> tuple[MoleculeArrays, dict]:

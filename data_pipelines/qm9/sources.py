@@ -1,6 +1,6 @@
 """Where QM9 comes from: three readers that yield the same molecules in the same numbers.
 
-Each reader is a generator of `Molecule` in ascending index, with the source's own
+Each reader is a generator of `SourceMolecule` in ascending index, with the source's own
 float64 values (hartree, debye, bohr, ...) and without the 3,054 molecules whose relaxed
 geometry no longer matches their SMILES ("uncharacterized" in the publication; the file
 that lists them counts from 1, and so do we).
@@ -26,7 +26,7 @@ _EXCLUDED_FILE = pathlib.Path(__file__).parent / "uncharacterized.txt"
 
 
 @dataclasses.dataclass(frozen=True)
-class Molecule:
+class SourceMolecule:
     """One molecule as published.
 
     Attributes:
@@ -95,7 +95,7 @@ def _qm9pack_files(path: str) -> list[pathlib.Path]:
     return files
 
 
-def read_qm9pack(path: str = "") -> Iterator[Molecule]:
+def read_qm9pack(path: str = "") -> Iterator[SourceMolecule]:
     """Reads the CSV files of the PyPI package `qm9pack` (or of the folder `path`)."""
     for file in _qm9pack_files(path):
         with file.open(newline="", encoding="utf-8") as lines:
@@ -112,12 +112,12 @@ def read_qm9pack(path: str = "") -> Iterator[Molecule]:
                     ) from error
 
 
-def _qm9pack_molecule(row: dict[str, str]) -> Molecule:
+def _qm9pack_molecule(row: dict[str, str]) -> SourceMolecule:
     # Cells are lists as text in which numbers may read `0.`: not JSON, and never evaluated.
     elements = row["Elements"].strip("[]").replace("'", "").split(",")
     numbers = row["XYZ_Ang"].replace("[", "").replace("]", "").split(",")
     positions = np.array([float(x) for x in numbers]).reshape(len(elements), 3)
-    return Molecule(
+    return SourceMolecule(
         index=int(row["Index"]),
         atomic_numbers=np.array([atomic_number(e.strip()) for e in elements], np.uint8),
         positions=positions,
@@ -134,7 +134,7 @@ def _number(text: str) -> float:
     return float(text.replace("*^", "e"))
 
 
-def parse_raw_xyz(text: str, name: str) -> Molecule:
+def parse_raw_xyz(text: str, name: str) -> SourceMolecule:
     """Parses one published file, `dsgdb9nsd_000001.xyz`; `name` is for the error."""
     lines = text.rstrip().splitlines()
     try:
@@ -146,7 +146,7 @@ def parse_raw_xyz(text: str, name: str) -> Molecule:
         atoms = [line.split() for line in lines[2 : 2 + num_atoms]]
         if len(properties) != 2 + len(COLUMNS):
             raise ValueError(f"line 2 has {len(properties)} columns, not {2 + len(COLUMNS)}")
-        return Molecule(
+        return SourceMolecule(
             index=int(properties[1]),
             atomic_numbers=np.array([atomic_number(a[0]) for a in atoms], np.uint8),
             positions=np.array([[_number(x) for x in a[1:4]] for a in atoms]),
@@ -161,7 +161,7 @@ def parse_raw_xyz(text: str, name: str) -> Molecule:
         ) from error
 
 
-def read_raw(path: str) -> Iterator[Molecule]:
+def read_raw(path: str) -> Iterator[SourceMolecule]:
     """Reads `dsgdb9nsd.xyz.tar.bz2` (or .tar, .tar.gz) or the folder it unpacks to."""
     location = pathlib.Path(path)
     if not path or not location.exists():
@@ -227,7 +227,7 @@ def _raw_archive(file: pathlib.Path) -> Iterator[tuple[str, str]]:
 # --- tfds: a folder prepared by the public TFDS builder `qm9` ----------------------------------
 
 
-def read_tfds(path: str) -> Iterator[Molecule]:
+def read_tfds(path: str) -> Iterator[SourceMolecule]:
     """Reads a folder that the public TFDS builder `qm9` prepared as ArrayRecord.
 
     All its splits are read: together they are the whole of QM9, in whichever config. TFDS
@@ -256,7 +256,7 @@ def read_tfds(path: str) -> Iterator[Molecule]:
     yield from (records[index] for index in sorted(records))
 
 
-def _tfds_molecule(record: dict) -> Molecule:
+def _tfds_molecule(record: dict) -> SourceMolecule:
     num_atoms = int(record["num_atoms"])
     atomic_numbers = np.asarray(record["charges"][:num_atoms], np.uint8)
     composition_1xZ = np.array([[np.sum(atomic_numbers == z) for z in ELEMENTS]])
@@ -267,7 +267,7 @@ def _tfds_molecule(record: dict) -> Molecule:
         )
         properties[COLUMNS.index(name)] = total[0]
     smiles = record["SMILES"]
-    return Molecule(
+    return SourceMolecule(
         index=int(record["index"]),
         atomic_numbers=atomic_numbers,
         positions=np.asarray(record["positions"][:num_atoms], np.float64),

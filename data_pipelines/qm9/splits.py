@@ -54,3 +54,20 @@ def split_hash(split: dict[str, np.ndarray], index_G: np.ndarray) -> str:
     for part in PARTS:
         digest.update(part.encode() + np.ascontiguousarray(index_G[split[part]], "<i8").tobytes())
     return digest.hexdigest()
+
+
+def limited(parts: dict[str, np.ndarray], limit: int) -> dict[str, np.ndarray]:
+    """`limit` molecules of train (0: all), at most a fifth of that of the others; drawn by seed 0.
+
+    The molecules of a limit are among those of a larger one.
+    """
+    if limit < 0 or 0 < limit < 5:
+        raise UserError(
+            f"config.data.limit is {limit}: 0 for all molecules, else at least 5 of the training "
+            "part (a fifth of them in the other parts)."
+        )
+    if not limit:
+        return parts
+    sizes = {part: limit if part == "train" else limit // 5 for part in parts}
+    drawn = lambda rows, n: rows[np.random.RandomState(0).permutation(len(rows))[:n]]
+    return {part: drawn(rows, sizes[part]) for part, rows in parts.items()}

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.json_text import json_text
 from data_pipelines.prepared import default_cache_dir, prepare, write
@@ -140,7 +141,7 @@ def _build(scattering: Scattering, molecules, parts: pathlib.Path, folder: pathl
     files = {start: parts / f"{start:08d}.npy" for start in range(0, num, _PART)}
     parts.mkdir(exist_ok=True)
     ready = sum(min(_PART, num - start) for start, file in files.items() if file.exists())
-    cores = len(os.sched_getaffinity(0))
+    cores = len(usable_cores())
     with (
         concurrent.futures.ThreadPoolExecutor(cores) as threads,
         tqdm(total=num, initial=ready, desc="Scattering", unit=" molecules") as bar,

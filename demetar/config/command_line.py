@@ -249,3 +249,11 @@ def _refuse(token: str, parser: argparse.ArgumentParser, paths: Iterable[str]) -
     name = token.partition("=")[0]
     known = [*re.findall(r"--\w+", parser.format_usage()), *paths]
     raise UserError(f"{parser.prog} has no option {name!r}.{suggest(name, known)}")
+
+
+def positive(text: str) -> int:
+    """An argument of a command: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import ml_collections
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from data_pipelines.errors import UserError
 from demetar.config import defaults
@@ -99,19 +100,9 @@ def differences(
     saved: Mapping, today: Mapping, names: tuple[str, str] = ("in the run", "today")
 ) -> dict[str, str]:
     """Dotted path of each value that differs -> both values and whose they are, for a person."""
-    old, new = _flat(saved), _flat(today)
+    old, new = (flatten_dict(dict(fields), sep=".") for fields in (saved, today))
     return {
         key: f"  {key}: {old.get(key)!r} {names[0]}, {new.get(key)!r} {names[1]}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-
-
-def _flat(fields: Mapping, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-KEPT = 2_000  # molecules of each part, at most: more change a percentile little
+MOST_MOLECULES = 2_000  # molecules of each part, at most: more change a percentile little
 
 
 @dataclasses.dataclass(frozen=True)

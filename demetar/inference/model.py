@@ -27,7 +27,7 @@ from data_pipelines.targets import Target
 from demetar.config.stored import real_dtype
 from demetar.inference import graphs, inputs
 from demetar.inference.card import CARD
-from demetar.inference.domain import KEPT, Domain
+from demetar.inference.domain import MOST_MOLECULES, Domain
 from demetar.inference.package import Package, read
 from demetar.inference.programs import Programs
 
@@ -193,7 +193,7 @@ class Model:
         parts = []
         for part in ("train", "validation"):
             members = self._experiment.dataset.split[part]
-            among = np.sort(np.random.RandomState(0).permutation(members)[:KEPT])
+            among = np.sort(np.random.RandomState(0).permutation(members)[:MOST_MOLECULES])
             parts.append(self._forward(self._experiment.arrays, among, 32, one_shape=True)[1])
         return None if parts[0] is None else Domain.fit(*parts)
 

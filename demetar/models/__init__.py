@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.graph import Array, Graph
 from data_pipelines.targets import READOUTS, Target
-from demetar.models.base import KEPT, GraphModel
+from demetar.models.base import EMBEDDING, GraphModel
 from demetar.models.baselines import DeepSet, Linear, SetTransformer
 from demetar.models.cormorant import Cormorant
 from demetar.models.demetar import Demetar
@@ -142,7 +142,7 @@ def predict_and_embed(
 
     def one(graph):
         predictions, kept = model.apply({"params": params}, graph, mutable=["intermediates"])
-        return predictions, kept.get("intermediates", {}).get(KEPT)
+        return predictions, kept.get("intermediates", {}).get(EMBEDDING)
 
     predictions, kept = jax.vmap(one)(batch)
     return predictions, None if kept is None else kept[0]

@@ -12,7 +12,7 @@ from data_pipelines.graph import Array, Graph
 from data_pipelines.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, check_range
 from data_pipelines.targets import Target
 
-KEPT = "kept_embedding"  # of the graph's last features; a name that no layer of a model has
+EMBEDDING = "kept_embedding"  # of the graph's last features; a name that no layer of a model has
 # What `symmetries` may name: positions turn, reflect and shift with the input, velocities turn and
 # reflect, and all other targets stay; nodes may come in any order.
 SYMMETRIES = frozenset({"rotation", "reflection", "translation", "permutation"})
@@ -63,7 +63,7 @@ class GraphModel(nn.Module):
         A function, because a training program must have nothing of it, not even unused.
         """
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", KEPT, embedding_D())
+            self.sow("intermediates", EMBEDDING, embedding_D())
 
     def check(self) -> None:
         """Refuses options that are out of range or do not fit each other; a subclass extends it."""

@@ -23,6 +23,8 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from data_pipelines.errors import UserError, check_known
 from demetar.records.files import read_json, write_json
 from demetar.records.log import complain
@@ -134,7 +136,8 @@ class MLflow:
             self._id = created.info.run_id
             write_json(file, {"id": self._id})
         if not self._client.get_run(self._id).data.params:
-            params = [mlflow.entities.Param(k, str(v)) for k, v in _flat(run.config).items()]
+            flat = flatten_dict(run.config, sep=".")
+            params = [mlflow.entities.Param(k, str(v)) for k, v in flat.items()]
             for first in range(0, len(params), 100):  # a server takes no more at once
                 self._client.log_batch(self._id, params=params[first : first + 100])
 
@@ -175,17 +178,6 @@ def check_writers(names: Sequence[str]) -> None:
                 f"run `pip install 'demetar[{name}]'`, or take {name!r} out of "
                 "config.log.writers."
             )
-
-
-def _flat(fields: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested groups -> dotted names."""
-    flat = {}
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 class Background:

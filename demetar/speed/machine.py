@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.json_text import json_text
 from demetar.records.files import read_json, write_json
 
@@ -141,7 +142,7 @@ def processor() -> str:
 def _description() -> str:
     return (
         f"{jax.local_device_count()} x {jax.devices()[0].device_kind}, {processor()}, "
-        f"{len(_cores())} cores, jaxlib {jax.lib.__version__}"
+        f"{len(usable_cores())} cores, jaxlib {jax.lib.__version__}"
     )
 
 
@@ -226,7 +227,7 @@ class _Load:
     def __exit__(self, *error):
         seconds, busy, own = (b - a for a, b in zip(self._before, self._clocks(), strict=True))
         self._others += max(0.0, busy - own)
-        self._all += seconds * len(_cores())
+        self._all += seconds * len(usable_cores())
 
     @property
     def share_of_others(self) -> float:
@@ -244,17 +245,10 @@ def _busy_seconds() -> float:
         lines = pathlib.Path("/proc/stat").read_text().splitlines()
     except OSError:
         return 0.0
-    ours = {f"cpu{core}" for core in _cores()}
+    ours = {f"cpu{core}" for core in usable_cores()}
     ticks = 0
     for name, *times in map(str.split, lines):
         if name in ours:
             user, nice, system, _idle, _wait, *interrupts_and_stolen = map(int, times[:8])
             ticks += user + nice + system + sum(interrupts_and_stolen)
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _cores() -> list[int]:
-    """Those this process may use: a launcher may have given each process its own."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count()))

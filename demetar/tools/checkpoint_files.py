@@ -12,7 +12,7 @@ import jax
 from data_pipelines.errors import UserError
 from demetar.config import stored
 from demetar.job.watch import at_work
-from demetar.tools.planner import size_text
+from demetar.records.log import size_text
 from demetar.training.checkpoints import Saved, read_arrays, read_meta, saved, size_of
 from demetar.training.progress import Progress
 

@@ -1,6 +1,5 @@
 """Several processes of one job on this machine: started, watched over, ended."""
 
-import argparse
 import collections
 import os
 import signal
@@ -11,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from data_pipelines.cores import usable_cores
 from demetar.exits import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -145,14 +145,6 @@ def run(arguments: list[str], count: int, *, gpus: bool = False, restarts: int =
         return code
 
 
-def positive(text: str) -> int:
-    """An argument of a command: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
-
-
 def _start(
     flags: list[str],
     number: int,
@@ -177,7 +169,7 @@ def _start(
         errors="replace",
         start_new_session=True,  # Ctrl-C is forwarded, once, not sent by the terminal too
     )
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = usable_cores() if hasattr(os, "sched_setaffinity") else []
     if not gpus and 1 < count <= len(cores):
         # Equal shares: threads of one process would otherwise take turns with the others'.
         share = len(cores) // count

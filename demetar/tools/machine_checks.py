@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.errors import UserError
 from data_pipelines.prepared import default_cache_dir
 from demetar.job import place
 from demetar.job.watch import at_work
-from demetar.tools.planner import size_text
+from demetar.records.log import size_text
 from demetar.training import runtime
 from demetar.training.provenance import packages
 
@@ -140,7 +141,7 @@ def devices(config=None) -> Iterator[Finding]:
             'pip install -e ".[gpu]"; JAX_PLATFORMS must not be cpu.',
         )
     else:
-        cores = len(os.sched_getaffinity(0))
+        cores = len(usable_cores())
         yield ok("devices", f"{text}, {cores} cores, {size_text(host_memory())} of memory free")
 
 

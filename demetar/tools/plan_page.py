@@ -5,9 +5,10 @@ import html
 import io
 import pathlib
 
+from demetar.records.log import size_text
 from demetar.speed.timeline import ASSUMPTIONS
 from demetar.speed.topology import COLLECTIVES
-from demetar.tools.planner import Plan, size_text
+from demetar.tools.planner import Plan
 
 # What bounds a kernel -> what would make it shorter.
 _REMEDIES = {

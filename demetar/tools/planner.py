@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from data_pipelines.errors import UserError
-from demetar.records.log import say
+from demetar.records.log import say, size_text
 from demetar.speed import flops
 from demetar.speed.kernels import Kernel, kernels_of
 from demetar.speed.program import Program
@@ -236,10 +236,3 @@ def plan_that_fits(config, topology: str, chip: Accelerator, devices) -> Plan:
         f"{topology}: {needs}; it has {size_text(chip.memory_bytes)}. Each of these fits: "
         f"{fitting}."
     )
-
-
-def size_text(size: float) -> str:
-    """Bytes, for a person."""
-    if size >= 2**30 / 10:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB"

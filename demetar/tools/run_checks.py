@@ -14,7 +14,7 @@ from data_pipelines.errors import UserError
 from data_pipelines.prepared import checked_whole
 from demetar.config import stored
 from demetar.job.failures import check_progress
-from demetar.records.log import duration
+from demetar.records.log import duration, size_text
 from demetar.speed import flops
 from demetar.tools.machine_checks import (
     Finding,
@@ -25,7 +25,7 @@ from demetar.tools.machine_checks import (
     problem,
     warning,
 )
-from demetar.tools.planner import memory_of, size_text
+from demetar.tools.planner import memory_of
 from demetar.training.checkpoints import check_name, saved, state_bytes
 from demetar.training.experiment import Experiment, build_experiment
 from demetar.training.trainer import Trainer

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from data_pipelines.cores import usable_cores
 from data_pipelines.errors import UserError
 from data_pipelines.prepared import default_cache_dir
 from demetar.config.stored import real_dtype
@@ -45,7 +46,7 @@ def configure(config: ml_collections.ConfigDict) -> None:
 
 def configure_for_prediction() -> None:
     """One virtual CPU device for each core, and the compilation cache."""
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    jax.config.update("jax_num_cpu_devices", len(usable_cores()))
     _keep_programs(default_cache_dir())
     if _backend() == "cpu":
         keep_freed_memory()

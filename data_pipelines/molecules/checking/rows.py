@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines.bonds import rdkit
 from data_pipelines.errors import UserError, suggest
 from data_pipelines.molecules import readers
 from data_pipelines.molecules.checking.suspicious_units import rough_total_energy, suspicions
@@ -198,7 +199,7 @@ def _molecule(row: Row) -> Molecule | Refusal:
     except chemistry.Refused as refused:
         return refused.refusal
     numbers, bonds = chemistry.numbers_of(graph), chemistry.bonds_of(graph)
-    charge = chemistry.rdkit().GetFormalCharge(graph) if row.charge is None else row.charge
+    charge = rdkit().GetFormalCharge(graph) if row.charge is None else row.charge
     odd = (int(numbers.sum()) - charge) % 2
     pieces = chemistry.num_fragments(len(numbers), bonds)
     notes = ("an odd number of electrons",) if odd else ()

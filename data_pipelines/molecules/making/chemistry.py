@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from data_pipelines.bonds import BondType
+from data_pipelines.bonds import BondType, rdkit
 from data_pipelines.elements import NUM_ELEMENTS, symbols
 from data_pipelines.molecules.record import Molecule, Refusal
 
@@ -30,15 +30,6 @@ class Refused(Exception):
     def __init__(self, status: str, message: str):
         super().__init__(message)
         self.refusal = Refusal(status, message)
-
-
-@functools.cache
-def rdkit():
-    """The module `rdkit.Chem`, silent."""
-    from rdkit import Chem, RDLogger  # takes 0.1 s to import
-
-    RDLogger.DisableLog("rdApp.*")
-    return Chem
 
 
 @functools.cache

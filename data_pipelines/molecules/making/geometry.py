@@ -16,8 +16,9 @@ import time
 
 import numpy as np
 
+from data_pipelines.bonds import rdkit
 from data_pipelines.errors import UserError
-from data_pipelines.molecules.making.chemistry import Refused, bonds_of, numbers_of, places, rdkit
+from data_pipelines.molecules.making.chemistry import Refused, bonds_of, numbers_of, places
 
 GEOMETRIES = ("file", "etkdg", "mmff", "xtb")
 TIME_LIMIT = 30  # seconds, for each stage

@@ -5,8 +5,9 @@ import hashlib
 
 import numpy as np
 
+from data_pipelines.bonds import rdkit
 from data_pipelines.molecules.making import chemistry
-from data_pipelines.molecules.making.chemistry import Refused, rdkit
+from data_pipelines.molecules.making.chemistry import Refused
 from data_pipelines.molecules.record import Molecule
 
 _MAX_ATOMS_OF_PAIRS = 1_000  # above, distances from the centre stand for those of all pairs

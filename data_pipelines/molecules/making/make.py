@@ -10,11 +10,11 @@ import dataclasses
 import numpy as np
 
 from data_pipelines import bonds as smiles_bonds
-from data_pipelines.bonds import Agreement, BondType
+from data_pipelines.bonds import Agreement, BondType, rdkit
 from data_pipelines.elements import covalent_radii
 from data_pipelines.errors import check_known
 from data_pipelines.molecules.making import chemistry
-from data_pipelines.molecules.making.chemistry import Refused, rdkit
+from data_pipelines.molecules.making.chemistry import Refused
 from data_pipelines.molecules.making.geometry import GEOMETRIES, make_positions
 from data_pipelines.molecules.record import MAX_NODES, Molecule, Refusal, Row
 
