@@ -138,8 +138,8 @@ def _jax_version() -> str:
     return importlib.metadata.version("jax")
 
 
-def write_page() -> None:
-    """docs/results/gate.md."""
+def page_text() -> str:
+    """docs/results/gate.md, from what has been compiled."""
     results = read_results()
     heads = (
         "config", "topology", "type", "graphs a chip", "buckets", "JAX", "programs",
@@ -178,7 +178,7 @@ def write_page() -> None:
     }
     for key, value in facts.items():
         words = words.replace("{{" + key + "}}", value)
-    PAGE.write_text(words)
+    return words
 
 
 def main() -> None:
@@ -195,7 +195,7 @@ def main() -> None:
     for cell in [] if options.page else CELLS:
         if cell.name not in known:
             run_cell(cell)
-    write_page()
+    PAGE.write_text(page_text())
 
 
 if __name__ == "__main__":

@@ -171,8 +171,8 @@ def _plots() -> None:
     figure.savefig(PAGE.with_suffix(".png"), dpi=120)
 
 
-def write_page() -> None:
-    """docs/results/many.md and its pictures, from the JSON files alone."""
+def page_text() -> str:
+    """docs/results/many.md, from the JSON files alone."""
     text = (ROOT / "benchmarks" / "many_page.md").read_text()
     commands = [x["command"] for row in ROWS if (x := STUDY.read(row.name))]
     others = (*(f"floor-{task}" for task in TASKS), "cost", "before", "rollout")
@@ -186,9 +186,9 @@ def write_page() -> None:
         "commands": ["```", *commands, "```"],
     }.items():
         text = text.replace("{{" + key + "}}", "\n".join(lines))
-    PAGE.write_text(text)
-    _plots()
+    return text
 
 
 if __name__ == "__main__":
-    write_page()
+    PAGE.write_text(page_text())
+    _plots()

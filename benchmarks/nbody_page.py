@@ -193,8 +193,8 @@ def _plots() -> None:
     figure.savefig(PAGE.with_name("nbody.png"), dpi=120)
 
 
-def write_page() -> None:
-    """docs/results/nbody.md and its pictures, from the JSON files alone."""
+def page_text() -> str:
+    """docs/results/nbody.md, from the JSON files alone."""
     floor = STUDY.read("floor")
     floors = [
         _line("part", "any rotation: MSE", "95 % interval", "systems above 0.01",
@@ -229,13 +229,12 @@ def write_page() -> None:
         + ["```"],
     }.items():
         text = text.replace("{{" + key + "}}", "\n".join(lines))
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_text())
     _plots()
     trajectories = STUDY.runs / "official-e3-0" / "trajectories.png"
     if trajectories.exists():
         shutil.copy(trajectories, PAGE.with_name("nbody_trajectories.png"))
-
-
-if __name__ == "__main__":
-    write_page()

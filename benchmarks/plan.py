@@ -203,7 +203,7 @@ def make_plans() -> None:
 # --- the page ------------------------------------------------------------------------------------
 
 
-def write_page() -> None:
+def page_text() -> str:
     """docs/results/plan.md, from what has been measured and planned."""
     words = (ROOT / "benchmarks" / "plan_page.md").read_text()
     checked = json.loads(CHECK.read_text())
@@ -227,7 +227,7 @@ def write_page() -> None:
     }
     for key, value in facts.items():
         words = words.replace("{{" + key + "}}", value)
-    PAGE.write_text(words)
+    return words
 
 
 def _table(heads: tuple[str, ...], lines: list[list]) -> str:
@@ -312,7 +312,7 @@ def main() -> None:
     if options.plans:
         make_plans()
     if CHECK.exists() and PLANS.exists():
-        write_page()
+        PAGE.write_text(page_text())
 
 
 if __name__ == "__main__":

@@ -253,6 +253,14 @@ def test_every_example_of_extending_is_one_file_or_one_row(runner, tmp_path):
 
 # --- names ---------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("script", ["many_page", "nbody_page", "plan", "gate"])
+def test_pages_of_results_are_what_their_numbers_give(script, monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    page = importlib.import_module(script)
+    assert page.PAGE.read_text() == page.page_text(), f"run benchmarks/{script}.py"
+
+
 _ROOTS = {"demetar", "data_pipelines", "configs", "docs", "tests", "launch", "benchmarks", ".ci"}
 
 

@@ -19,7 +19,6 @@ phi_i is a *scalar*; in the last two the tokens also see coordinates, relative t
 of mass or absolute, and the symmetries that go are declared so (`symmetries`).
 """
 
-import itertools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -46,7 +45,7 @@ from demetar.models.layers import (
     mean_of_nodes,
     safe_norm,
 )
-from demetar.models.spherical import spherical_harmonics
+from demetar.models.surroundings import direction, harmonic_sums, sums_by_element
 
 _DIPOLE_VECTORS = 32  # of each atom, for the read-out `dipole`
 
@@ -245,34 +244,7 @@ class Demetar(GraphModel):
         return found
 
     def _harmonic_sums(self, graph: Graph, orders: list[int]) -> list[Array]:
-        """Of each atom and order l: sums over all atoms of harmonics, `[N, 2 l + 1, Z K]`.
-
-        Of itself an atom has order 0 alone.
-        """
-        if not orders:
-            return []
-        apart_NxNx3 = graph.position[None] - graph.position[:, None]
-        harmonics = [spherical_harmonics(order, apart_NxNx3, "norm") for order in orders]
-        weight_NxNxM = jnp.concatenate(harmonics, axis=-1)
-        sum_NxMxF = self._by_element(graph, safe_norm(apart_NxNx3), weight_NxNxM)
-        ends = list(itertools.accumulate(2 * order + 1 for order in orders))
-        return jnp.split(sum_NxMxF, ends[:-1], axis=1)
-
-    def _by_element(self, graph: Graph, distance_PxN: Array, weight_PxNxM: Array) -> Array:
-        """Of each of P points: sums over the atoms of each element of weight times radial basis.
-
-        Args:
-          graph: with N atoms of Z elements.
-          distance_PxN: from the points to the atoms, angstrom.
-          weight_PxNxM: M weights of each pair.
-
-        Returns:
-          `[P, M, Z K]`.
-        """
-        is_element_NxZ = graph.atomic_number[:, None] == jnp.asarray(self.elements)
-        weight_PxNxMxZ = (weight_PxNxM[..., None] * is_element_NxZ[:, None]).astype(self.dtype)
-        sum_PxMxZxK = jnp.einsum("pnk,pnmz->pmzk", self._radial(distance_PxN), weight_PxNxMxZ)
-        return sum_PxMxZxK.reshape(*weight_PxNxM.shape[::2], -1)
+        return harmonic_sums(graph, self.elements, self._radial, orders) if orders else []
 
     def _edge_enrichment(self, graph: Graph, x_NxD: Array, deterministic: bool) -> Array:
         """Edge encoder, then cross-attention of each token to its own edges (Eq. 9)."""
@@ -289,7 +261,7 @@ class Demetar(GraphModel):
             columns = jnp.stack([charges_E, approach_E], axis=-1)
             edge_ExD += Dense(self.width, dtype=self.dtype, name="pair")(columns)
         middle_Ex3 = (graph.position[s_E] + graph.position[r_E]) / 2
-        along_Ex3 = _direction(graph.position[s_E] - graph.position[r_E])
+        along_Ex3 = direction(graph.position[s_E] - graph.position[r_E])
         edge_ExD += self._surroundings_of_edges(graph, middle_Ex3, along_Ex3)
         if self.edge_atoms:
             # The sum does not depend on which end of an edge is called the sender.
@@ -330,9 +302,10 @@ class Demetar(GraphModel):
         if self.environment:
             weights["edge_environment"] = jnp.ones_like(distance_ExN)
         if self.edge_angles:
-            cosine_ExN = (_direction(apart_ExNx3) * along_Ex3[:, None]).sum(axis=-1)
+            cosine_ExN = (direction(apart_ExNx3) * along_Ex3[:, None]).sum(axis=-1)
             weights["edge_angles"] = jnp.square(cosine_ExN)
-        sum_ExMxF = self._by_element(graph, distance_ExN, jnp.stack([*weights.values()], axis=-1))
+        weight_ExNxM = jnp.stack([*weights.values()], axis=-1)
+        sum_ExMxF = sums_by_element(graph, self.elements, self._radial(distance_ExN), weight_ExNxM)
         dense = lambda name: Dense(self.width, dtype=self.dtype, name=name)
         return sum(dense(name)(sum_ExMxF[:, m]) for m, name in enumerate(weights))
 
@@ -401,11 +374,6 @@ class Demetar(GraphModel):
             return jnp.where(mask, x_Nx3 + along * phi_Nx1, 0)
         phi_Nx3 = Mlp(self.width, 3, wide, name="head_position")(node_NxD)
         return jnp.where(mask, phi_Nx3 + (x_Nx3 if self.equivariance == "translation" else 0), 0)
-
-
-def _direction(x: Array) -> Array:
-    """`x` over its length; 0, with gradient 0, where that is 0."""
-    return spherical_harmonics(1, x, "norm")
 
 
 def _centre_of_mass(graph: Graph) -> Array:
