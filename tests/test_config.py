@@ -9,6 +9,7 @@ import re
 
 import ml_collections
 import pytest
+from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ EVERY = GOLDEN.pop("every")
 
 
 def flat(config):
-    return stored._flat(stored.to_json(config))
+    return flatten_dict(stored.to_json(config), sep=".")
 
 
 def parse(*arguments):

@@ -13,6 +13,7 @@ from conftest import REPOSITORY, TINY
 
 from data_pipelines.errors import UserError
 from demetar import chaos, verify_resume
+from demetar.config import command_line
 from demetar.config.command_line import load_config
 from demetar.exits import (
     EXIT_DONE,
@@ -198,9 +199,9 @@ def test_processes_start_beside_a_foreign_folder_of_our_name(tmp_path, monkeypat
 
 
 def test_counts_are_whole_numbers_from_1():
-    assert local_job.positive("3") == 3
+    assert command_line.positive("3") == 3
     for text in ("0", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
-            local_job.positive(text)
+            command_line.positive(text)
     with pytest.raises(ValueError):
-        local_job.positive("two")
+        command_line.positive("two")
