@@ -21,7 +21,7 @@ from data_pipelines.prepared import default_cache_dir, prepare, write
 from data_pipelines.ranges import POSITIVE, check_range
 
 EDGE_KINDS = ("bonds", "cutoff", "complete")
-_AT_ONCE = 2_048  # molecules whose pairs are counted together
+_AT_ONCE, _PAIRS_AT_ONCE = 2_048, 1 << 22  # molecules and slots whose pairs are counted together
 _MANY = 10_000  # molecules; the counts of as many are kept
 _VERSION = 1  # of the rule by which pairs are edges
 
@@ -88,9 +88,13 @@ class PairEdges:
         if math.isinf(self.cutoff):
             return num_nodes_G * (num_nodes_G - 1) // 2
         order, found = np.argsort(num_nodes_G, kind="stable"), np.zeros(len(num_nodes_G), np.int64)
-        for first in range(0, len(order), _AT_ONCE):
-            graphs = order[first : first + _AT_ONCE]
+        first = 0
+        while first < len(order):
+            graphs = order[first : first + _AT_ONCE]  # the last is the largest
+            fit = _PAIRS_AT_ONCE // max(1, int(num_nodes_G[graphs[-1]]) ** 2)
+            graphs = graphs[: max(1, fit)]
             found[graphs] = self.of(graphs)[1]
+            first += len(graphs)
         return found
 
     def of(self, graphs_g: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -109,8 +109,7 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
 def _input_and_output(options, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """The file to read, made of the SMILES if such were given, and the file to write."""
     first = options.molecules[0]
-    is_file = first.lower().endswith(tuple(FORMATS)) or pathlib.Path(first).exists()
-    if not is_file:
+    if not (first.lower().endswith(tuple(FORMATS)) or _exists(first)):
         path = folder / "smiles.csv"
         with path.open("w", newline="") as stream:
             csv.writer(stream).writerows([["smiles"], *([text] for text in options.molecules)])
@@ -120,6 +119,14 @@ def _input_and_output(options, folder: pathlib.Path) -> tuple[pathlib.Path, path
     if not options.out:
         raise UserError("--out is missing: name a file to write, e.g. --out=predicted.csv.")
     return pathlib.Path(first), pathlib.Path(options.out)
+
+
+def _exists(name: str) -> bool:
+    """Whether there is such a file; a long SMILES is the name of none."""
+    try:
+        return pathlib.Path(name).exists()
+    except OSError:
+        return False
 
 
 def _summary(counts: Counter, out: str) -> str:

@@ -180,6 +180,20 @@ def test_files_of_three_parts_say_what_they_share(molecules, tmp_path, here):
         load(paths["train"], tmp_path, **files)
 
 
+def test_a_row_that_is_refused_may_have_any_label_and_the_first_may_lack_one(
+    molecules, tmp_path, here
+):
+    rows = rows_of(molecules[:12])
+    rows[0] |= {"smiles": "notasmiles", "homo": "CCN"}
+    path = write_csv(tmp_path / "mine.csv", rows)
+    assert len(load(path, tmp_path, geometry="etkdg", max_failed=0.5).arrays.index) == 11
+    atoms = atoms_of(molecules[:12])
+    del atoms[0].info["homo"]
+    ase.io.write(tmp_path / "mine.extxyz", atoms)
+    labels = load(tmp_path / "mine.extxyz", tmp_path).arrays.graph_labels["homo"]
+    assert np.isnan(labels).tolist() == [True] + [False] * 11
+
+
 def test_a_unit_changes_nothing_that_is_learned(molecules, tmp_path, here):
     standardized = []
     for unit, factor in (("hartree", 1.0), ("eV", HARTREE_IN_MEV / 1_000)):
@@ -282,7 +296,7 @@ def test_too_many_bad_rows_stop_training_with_their_names(molecules, tmp_path, h
 def test_a_label_that_is_no_number_names_its_row(molecules, tmp_path, here, cell):
     rows = rows_of(molecules[:20])
     rows[7]["homo"] = cell
-    with pytest.raises(UserError, match=rf"Row 8: homo is '{cell}'"):
+    with pytest.raises(UserError, match=rf"mine.csv, row 8: homo is '{cell}'"):
         load(write_csv(tmp_path / "mine.csv", rows), tmp_path, geometry="etkdg")
 
 

@@ -11,7 +11,7 @@ from data_pipelines.dataset import PARTS, Dataset, make_buckets, training_mean
 from data_pipelines.edges import load_edges
 from data_pipelines.elements import composition, symbols
 from data_pipelines.errors import UserError, check_known, suggest
-from data_pipelines.molecules import preparation, references
+from data_pipelines.molecules import preparation, readers, references
 from data_pipelines.molecules.preparation import OwnMolecules, Request
 from data_pipelines.molecules.splits import check_together, conflicts, make_split
 from data_pipelines.molecules.units import parse_column
@@ -129,6 +129,8 @@ def _geometry(options: Options) -> str:
     known = {*first.columns, *first.node_columns}
     wanted = [parse_column(text).name for text in options.targets] + [options.group]
     wanted += [options.split_column] if options.split == "column" else []
+    if not known.issuperset(filter(None, wanted)):
+        known |= set(readers.columns(options.path))  # the first row may lack one
     for name in filter(None, wanted):
         if name not in known:
             raise UserError(
@@ -202,6 +204,7 @@ def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[st
         num_folds=options.folds,
         seed=options.split_seed,
         numbers=molecules.number,
+        num_rows=passport["molecules"] + sum(passport["refused"].values()),
     )
 
 

@@ -97,7 +97,7 @@ class OwnMolecules:
 def load(request: Request, cache_dir: str = "") -> tuple[OwnMolecules, dict]:
     """The prepared molecules and their passport, preparing them first where needed."""
     check_known("config.data.geometry", request.geometry, GEOMETRIES)
-    hashes = [_file_sha256(path) for path in request.paths]
+    hashes = [readers.content_sha256(path) for path in request.paths]
     identity = [_PREPARATION_VERSION, hashes, request.geometry, request.smiles]
     identity += [[(c.name, c.unit) for c in request.targets], request.group, request.part]
     identity += [request.scaffolds]
@@ -118,16 +118,6 @@ def first_row(path: str, smiles: str) -> Row:
     raise UserError(f"{path} has no row that can be read in its first 100: run `demetar check`.")
 
 
-def _file_sha256(path: str) -> str:
-    try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"Cannot read {path!r}: {error.strerror}. Set config.data.path to a file of molecules."
-        ) from error
-
-
 # --- some rows, in a worker ----------------------------------------------------------------------
 
 
@@ -140,7 +130,6 @@ def _prepare_rows(request: Request, parsers: tuple, items: list[tuple[int, Row]]
 
 def _prepare_row(request: Request, source: int, row: Row) -> dict:
     """A refusal, or a molecule with its labels and keys."""
-    labels = np.array([_label(row, column) for column in request.targets])
     made = make_molecule(row, request.geometry)
     node_labels = {
         column.name: np.asarray(row.node_columns[column.name], np.float64)
@@ -155,8 +144,9 @@ def _prepare_row(request: Request, source: int, row: Row) -> dict:
     found = {"number": row.number, "source": source, "made": made}
     if isinstance(made, Refusal):
         return found
+    file = pathlib.Path(request.paths[source]).name
     return found | {
-        "labels": labels,
+        "labels": np.array([_label(row, column, file) for column in request.targets]),
         "node_labels": node_labels,
         "identity": identity_key(made),
         "scaffold": scaffold(made) if request.scaffolds else "",
@@ -173,7 +163,7 @@ def _text(row: Row, column: str) -> str:
     return "" if text.lower() == "nan" else text  # a blank cell of a column of numbers
 
 
-def _label(row: Row, column: Column) -> float:
+def _label(row: Row, column: Column, file: str) -> float:
     """A number; NaN where the cell is blank."""
     value = row.columns.get(column.name)
     if value is None or (isinstance(value, str) and value.strip().lower() in BLANK):
@@ -184,8 +174,8 @@ def _label(row: Row, column: Column) -> float:
         number = math.inf
     if math.isinf(number):
         raise UserError(
-            f"Row {row.number}: {column.name} is {value!r}, which is no finite number. Correct it, "
-            "or leave the cell blank where there is no label."
+            f"{file}, row {row.number}: {column.name} is {value!r}, which is no finite number. "
+            "Correct it, or leave the cell blank where there is no label."
         )
     return number
 

@@ -55,6 +55,8 @@ class Row:
       bonds: [b, 3] int rows (i, j, BondType) with i < j, or None where the file gives none.
       charge: of the molecule, or None where the file does not say.
       multiplicity: 2 S + 1, or None where the file does not say.
+      atom_states: [n, 3] int: of each atom its formal charge, its hydrogens that are no atoms here,
+        and its unpaired electrons; None where the file does not say.
       is_perceived: whether RDKit has read it: its bonds are sanitized, i < j, ascending, its charge
         is theirs, and no hydrogen or electron is missing.
       node_columns: name -> [n] or [n, 3], what the file says of each atom.
@@ -70,6 +72,7 @@ class Row:
     bonds: np.ndarray | None = None
     charge: int | None = None
     multiplicity: int | None = None
+    atom_states: np.ndarray | None = None
     is_perceived: bool = False
     node_columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     text: str = ""

@@ -36,6 +36,7 @@ def make_split(
     num_folds: int = 5,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
+    num_rows: int = 0,
 ) -> dict[str, np.ndarray]:
     """Positions of the rows of each of `PARTS`, int64, ascending.
 
@@ -52,19 +53,21 @@ def make_split(
       fractions: of train, validation and test, for `random` and `scaffold`.
       fold, num_folds: for `kfold`.
       seed: of the shuffle, for `random`, `scaffold` and `kfold`.
-      numbers: [n] which row of the file each is, from 1, if some were refused; for `file`.
+      numbers: [n] which row of the file each is, from 1, if some were refused.
+      num_rows: of the file, those that were refused included; 0: none were.
 
     Raises:
       UserError: a part would be empty; a column or file puts equal rows into two parts.
     """
     check_known("config.data.split:", kind, KINDS)
+    numbers = np.arange(len(keys)) + 1 if numbers is None else numbers
     if len(keys) == 0:
         raise UserError("There are no molecules to split: all rows were refused, or none read.")
     if kind in ("column", "file"):
         if kind == "column":
-            part = _of_column(column)
+            part = _of_column(column, numbers)
         else:
-            part = _of_file(file, fold, np.arange(len(keys)) + 1 if numbers is None else numbers)
+            part = _of_file(file, fold, numbers, num_rows or len(keys))
         check_together(part, keys, groups)
     else:
         cluster = _clusters(keys, groups, scaffolds if kind == "scaffold" else None)
@@ -164,19 +167,19 @@ def _part_number(name, where: str) -> int:
     return PARTS.index(known)
 
 
-def _of_column(column: Sequence) -> np.ndarray:
+def _of_column(column: Sequence, numbers: Sequence[int]) -> np.ndarray:
     """[n] number of the part; -1 where it is blank."""
     blank = lambda value: value is None or str(value).strip().lower() in ("", "nan")
     return np.array(
         [
-            -1 if blank(v) else _part_number(v, f"Row {k + 1} of the split's column")
-            for k, v in enumerate(column)
+            -1 if blank(v) else _part_number(v, f"Row {number} of the split's column")
+            for number, v in zip(numbers, column, strict=True)
         ],
         np.int64,
     )
 
 
-def _of_file(file: str, fold: int, numbers: Sequence[int]) -> np.ndarray:
+def _of_file(file: str, fold: int, numbers: Sequence[int], num_rows: int) -> np.ndarray:
     """[n] number of the part; -1 for rows that the file does not name."""
     remedy = 'Write {"train": [0, 1], "validation": "2-5", "test": [6]}, rows counted from 0.'
     try:
@@ -196,6 +199,11 @@ def _of_file(file: str, fold: int, numbers: Sequence[int]) -> np.ndarray:
     for name, rows in read.items():
         chosen = _part_number(name, str(file))
         for row in _rows(rows, f"{file}, part {name!r}", remedy):
+            if row >= num_rows:
+                raise UserError(
+                    f"{file} puts row {row} into {PARTS[chosen]}, but there are {num_rows} rows, "
+                    "counted from 0: it is of another file, or counts from 1."
+                )
             k = position.get(row, -1)  # no position: its row was refused
             if k >= 0 and part[k] not in (-1, chosen):
                 raise UserError(

@@ -10,7 +10,6 @@ processes share the chunks by number; process 0 writes the output.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import pathlib
@@ -96,10 +95,8 @@ class Prediction:
 
     def identity(self) -> dict[str, Any]:
         """What the parts depend on."""
-        with self.path.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
         return {
-            "input_sha256": content,
+            "input_sha256": readers.content_sha256(self.path),
             "weights_sha256": self.model.package.card["weights_sha256"],
             "smiles": self.smiles,
             "geometry": self.geometry,

@@ -5,6 +5,8 @@ sanitization, so a ring is aromatic or not whatever file it came from.
 """
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from data_pipelines.molecules.record import Molecule, Refusal
 
 # Above this RDKit's search for bond orders, and its matrix of distances, may take minutes.
 MAX_ATOMS_TO_PERCEIVE = 150
+_SHOWN = 200  # characters of a SMILES in a message
 _PERCEPTION_ITERATIONS = 20_000
 # Neutral atoms have bonds of this sum (of orders); an excess or a lack makes an ion or radical.
 _USUAL_VALENCE = {1: 1, 5: 3, 6: 4, 7: 3, 8: 2, 9: 1, 14: 4, 15: 3, 16: 2, 17: 1, 35: 1, 53: 1}
@@ -21,6 +24,7 @@ _USUAL_VALENCE = {1: 1, 5: 3, 6: 4, 7: 3, 8: 2, 9: 1, 14: 4, 15: 3, 16: 2, 17: 1
 # first of the list first).
 _ONIUM = (7, 8, 15, 16)
 _ANIONS = (8, 16, 9, 17, 35, 53, 7, 15, 6)
+_MOST_CATIONS, _CHOICES = 3, 64  # aromatic ones; ways of choosing them that are tried
 _METAL_CHARGE = {3: 1, 11: 1, 19: 1, 37: 1, 55: 1, 12: 2, 20: 2, 38: 2, 56: 2, 30: 2}
 
 
@@ -60,10 +64,11 @@ def from_smiles(smiles: str):
 def _why_no_molecule(smiles: str) -> str:
     Chem = rdkit()
     raw = Chem.MolFromSmiles(smiles, sanitize=False)
+    shown = smiles if len(smiles) <= _SHOWN else f"{smiles[:_SHOWN]}…"
     if raw is None:
-        return f"{smiles!r} is no SMILES: a bracket, ring or symbol is wrong. Correct it."
+        return f"{shown!r} is no SMILES: a bracket, ring or symbol is wrong. Correct it."
     problems = "; ".join(p.Message() for p in Chem.DetectChemistryProblems(raw))
-    return f"SMILES {smiles!r} is no molecule: {problems or 'RDKit refuses it'}. Correct it."
+    return f"SMILES {shown!r} is no molecule: {problems or 'RDKit refuses it'}. Correct it."
 
 
 def check_numbers(atomic_numbers_N: np.ndarray) -> None:
@@ -76,11 +81,15 @@ def check_numbers(atomic_numbers_N: np.ndarray) -> None:
         )
 
 
-def from_bonds(atomic_numbers_N, bonds_bx3, charge: int, positions_Nx3=None, implicit=True):
+def from_bonds(
+    atomic_numbers_N, bonds_bx3, charge: int, positions_Nx3=None, implicit=True, states_Nx3=None
+):
     """A sanitized molecule of atoms and bonds, or None if RDKit refuses the bonds.
 
-    Formal charges are what the valences say: a nitrogen with four bonds is positive, an oxygen
-    with one is negative where the charge of the molecule asks for it.
+    Formal charges are what the file says or, if it does not, what the valences say: a nitrogen with
+    four bonds is positive, an oxygen with one is negative where the charge of the molecule asks for
+    it. Whether an aromatic atom gives its lone pair or is positive, its own bonds do not tell:
+    neutral ones are tried first, then those that make the ring and the charge come out.
 
     Args:
       atomic_numbers_N: [N].
@@ -89,17 +98,43 @@ def from_bonds(atomic_numbers_N, bonds_bx3, charge: int, positions_Nx3=None, imp
       positions_Nx3: become a conformer.
       implicit: whether atoms with free valences may get implicit hydrogens; else the atoms are
         all there are, and free valences are radicals.
+      states_Nx3: of each atom, as `Row.atom_states`; then nothing is guessed.
     """
+    fallback = None
+    if states_Nx3 is not None and states_Nx3[:, 0].sum() == charge:
+        choices = [states_Nx3[:, 0].tolist()]
+    else:
+        states_Nx3, choices = None, _choices_of_charges(atomic_numbers_N, bonds_bx3, charge)
+    for formal_N in choices:
+        molecule = _sanitized(atomic_numbers_N, bonds_bx3, formal_N, implicit, states_Nx3)
+        if molecule is None:
+            continue
+        radicals = not implicit and any(a.GetNumRadicalElectrons() for a in molecule.GetAtoms())
+        fallback = fallback or molecule
+        if sum(formal_N) == charge and not radicals:
+            fallback = molecule
+            break
+    if fallback is not None and positions_Nx3 is not None:
+        conformer = rdkit().Conformer(len(atomic_numbers_N))
+        conformer.SetPositions(np.ascontiguousarray(positions_Nx3, np.float64))
+        fallback.AddConformer(conformer)
+    return fallback
+
+
+def _sanitized(atomic_numbers_N, bonds_bx3, formal_N, implicit: bool, states_Nx3):
+    """The molecule with these formal charges, or None if RDKit refuses it."""
     Chem = rdkit()
     theirs = _kinds()[1]
     molecule = Chem.RWMol()
-    formal_N = formal_charges(atomic_numbers_N, bonds_bx3, charge)
-    for number, formal in zip(atomic_numbers_N.tolist(), formal_N, strict=True):
+    for k, number in enumerate(atomic_numbers_N.tolist()):
         atom = Chem.Atom(number)
-        if formal:
-            atom.SetFormalCharge(formal)
-        if not implicit:
+        if formal_N[k]:
+            atom.SetFormalCharge(formal_N[k])
+        if not implicit or states_Nx3 is not None:
             atom.SetNoImplicit(True)
+        if states_Nx3 is not None:
+            atom.SetNumExplicitHs(int(states_Nx3[k, 1]))
+            atom.SetNumRadicalElectrons(int(states_Nx3[k, 2]))
         molecule.AddAtom(atom)
     for i, j, kind in bonds_bx3.tolist():
         molecule.AddBond(i, j, theirs[kind])
@@ -110,10 +145,6 @@ def from_bonds(atomic_numbers_N, bonds_bx3, charge: int, positions_Nx3=None, imp
         Chem.SanitizeMol(molecule)
     except ValueError:  # RDKit's own errors of valence and kekulization are ValueErrors
         return None
-    if positions_Nx3 is not None:
-        conformer = Chem.Conformer(len(atomic_numbers_N))
-        conformer.SetPositions(np.ascontiguousarray(positions_Nx3, np.float64))
-        molecule.AddConformer(conformer)
     return molecule
 
 
@@ -124,9 +155,38 @@ def valences(num_atoms: int, bonds_bx3: np.ndarray) -> np.ndarray:
     return np.bincount(ends, np.concatenate([twice_b, twice_b]), num_atoms).astype(np.int64)
 
 
-def formal_charges(atomic_numbers_N, bonds_bx3, charge: int) -> list[int]:
-    """A charge for each atom that valences and the charge of the molecule explain; else zeros."""
+def _choices_of_charges(atomic_numbers_N, bonds_bx3, charge: int) -> Iterator[list[int]]:
+    """Formal charges of the atoms, the likeliest first."""
     valence_N = valences(len(atomic_numbers_N), bonds_bx3) // 2
+    aromatic = set(bonds_bx3[bonds_bx3[:, 2] == BondType.AROMATIC, :2].ravel().tolist())
+    # By their bonds these give a lone pair to the ring, as in pyrrole, or are positive.
+    either = [
+        k
+        for k in sorted(aromatic)
+        if (z := int(atomic_numbers_N[k])) in _ONIUM and valence_N[k] == _USUAL_VALENCE[z] + 1
+    ]
+    some = (
+        positive
+        for count in range(min(len(either), _MOST_CATIONS) + 1)
+        for positive in itertools.combinations(either, count)
+    )
+    for positive in itertools.islice(some, _CHOICES):
+        neutral = set(either) - set(positive)
+        yield _formal_charges(atomic_numbers_N, valence_N, charge, neutral)
+    if charge < 0:  # a lone pair in the ring in the place of a bond, as in tetrazolate
+        for z, valence in ((7, 3), (6, 4)):
+            for k in sorted(aromatic):
+                if atomic_numbers_N[k] == z and valence_N[k] == valence:
+                    rest = _formal_charges(atomic_numbers_N, valence_N, charge + 1, set(either))
+                    rest[k] -= 1
+                    yield rest
+
+
+def _formal_charges(atomic_numbers_N, valence_N, charge: int, neutral: set[int]) -> list[int]:
+    """A charge for each atom that valences and the charge of the molecule explain; else zeros.
+
+    `neutral`: atoms that have none, though they have a bond too many.
+    """
     formal = [0] * len(atomic_numbers_N)
     lack = {}
     for k, (z, valence) in enumerate(
@@ -134,7 +194,7 @@ def formal_charges(atomic_numbers_N, bonds_bx3, charge: int) -> list[int]:
     ):
         if valence == 0 and z in _METAL_CHARGE:
             formal[k] = _METAL_CHARGE[z]
-        elif z in _USUAL_VALENCE:
+        elif z in _USUAL_VALENCE and k not in neutral:
             excess = valence - _USUAL_VALENCE[z]
             if excess == 1 and z in _ONIUM:
                 formal[k] = 1

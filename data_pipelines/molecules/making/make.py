@@ -21,6 +21,7 @@ from data_pipelines.molecules.record import MAX_NODES, Molecule, Refusal, Row
 _MAX_CHARGE = 99
 _MAX_ATOMS_OF_SMILES = 2_000  # reading hydrogens off a geometry takes all pairs
 _TOLERANCE = 1.2  # of the sum of radii, for bonds by distance
+_NO_BOND = 1.5  # of the sum of radii: no bond is longer, where atoms are where they should be
 _FLAT = 1e-4  # angstrom
 _LONG_HYDROGEN = 1.3  # of the sum of radii; drawings have all bonds alike
 # Twice the sum of the bond orders of neutral atoms that need no second look. [119]
@@ -144,7 +145,14 @@ def _with_bonds(row: Row, numbers, positions, again: bool):
     charge = row.charge or 0
     if row.is_perceived or (charge == 0 and _is_plain(numbers, bonds)):
         return numbers, positions, bonds.astype(np.uint16), None, ()
-    graph = chemistry.from_bonds(numbers, bonds, charge, positions)
+    states = row.atom_states
+    graph = chemistry.from_bonds(numbers, bonds, charge, positions, states_Nx3=states)
+    if graph is None and states is not None and states[:, 1].any():
+        raise Refused(
+            "bad_row",
+            "It lacks hydrogens, and its charge or bonds are such that RDKit cannot say where they "
+            "belong: give all atoms, or correct them.",
+        )
     if graph is None:
         note = "RDKit refuses the bonds of the file: they are kept as they are"
         return numbers, positions, bonds.astype(np.uint16), None, (note,)
@@ -248,6 +256,10 @@ def _by_smiles(smiles: str, numbers, positions):
     bonds, agreement = smiles_bonds.find_bonds(smiles, numbers, positions)
     if agreement == Agreement.SMILES_UNUSABLE:
         return None, None
+    ends = bonds[:, :2].astype(np.int64).T
+    length = np.linalg.norm(np.subtract(*positions[ends]), axis=1)
+    if (length > _NO_BOND * covalent_radii()[numbers[ends]].sum(axis=0)).any():
+        return None, None  # its atoms stand in another order than those of the file
     place = chemistry.places(numbers, bonds, described, np.flatnonzero(numbers > 1))
     if place is None:
         return None, None

@@ -13,9 +13,11 @@ A damaged row comes as a `Row` with a refusal. So does the end of a file that is
 before it come first. Nothing is unpickled, and no archive is unpacked.
 """
 
+import contextlib
 import functools
+import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from data_pipelines.errors import UserError
@@ -46,6 +48,7 @@ class Format(NamedTuple):
       parse: such a row and one of `NEEDS` -> the row; can be pickled.
       columns: path -> names of all its columns, in the order in which they are first met.
       count: path -> number of rows, or None where only reading would tell.
+      files: path -> the other files that its rows are in, such as the xyz files of a table.
     """
 
     name: str
@@ -53,9 +56,10 @@ class Format(NamedTuple):
     columns: Callable[[pathlib.Path], tuple[str, ...]]
     parse: Callable[[Row, str], Row] = _whole
     count: Callable[[pathlib.Path], int | None] = _unknown
+    files: Callable[[pathlib.Path], Iterable[pathlib.Path]] = lambda path: ()
 
 
-_CSV = Format("CSV", tables.read_csv, tables.csv_columns)
+_CSV = Format("CSV", tables.read_csv, tables.csv_columns, files=tables.csv_files)
 _SDF = Format("SDF", sdf.read, sdf.columns, sdf.parse)
 _XYZ = Format("xyz", xyz.read, xyz.columns, xyz.parse)
 _ASE = Format("ASE", ase_files.read, ase_files.columns)
@@ -67,7 +71,11 @@ FORMATS = {
     ".tsv": _CSV,
     ".tsv.gz": _CSV,
     ".parquet": Format(
-        "Parquet", tables.read_parquet, tables.parquet_columns, count=tables.parquet_count
+        "Parquet",
+        tables.read_parquet,
+        tables.parquet_columns,
+        count=tables.parquet_count,
+        files=tables.parquet_files,
     ),
     ".sdf": _SDF,
     ".sdf.gz": _SDF,
@@ -151,6 +159,23 @@ def columns(path) -> tuple[str, ...]:
         return chosen.columns(pathlib.Path(path))
     except Damaged as damage:
         raise UserError(f"{path} cannot be read as {chosen.name}: {damage}.") from damage
+
+
+def content_sha256(path) -> str:
+    """SHA-256 of a file; where its rows are in other files too, of the content of all."""
+    chosen = format_of(path)
+    try:
+        with open(path, "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    others = set()
+    with contextlib.suppress(Damaged):  # the rows before the damage are what there is
+        others.update(chosen.files(pathlib.Path(path)))
+    for file in sorted(others):
+        with contextlib.suppress(OSError):  # its row is refused
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def count_rows(path) -> int | None:

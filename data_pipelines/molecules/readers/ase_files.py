@@ -75,6 +75,8 @@ def row_of_atoms(number: int, atoms, text: str = "") -> Row:
     size = len(atoms)
     per_atom = {k: v for k, v in atoms.arrays.items() if k not in _OF_THE_MOLECULE}
     columns = {}
+    # SchNetPack keeps one number as an array of one.
+    info = {k: v[0] if np.shape(v) == (1,) else v for k, v in info.items()}
     for name, value in (info | results).items():
         value = plain(value)
         if name not in VECTORS and np.shape(value) in ((size,), (size, 3)) and size:

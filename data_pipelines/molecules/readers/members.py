@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.elements import NUM_ELEMENTS
 from data_pipelines.errors import UserError
 from data_pipelines.molecules.readers.fields import (
     VECTORS,
@@ -21,13 +22,14 @@ from data_pipelines.molecules.readers.fields import (
     charge_and_multiplicity,
     plain,
 )
-from data_pipelines.molecules.record import MAX_NODES, Row
+from data_pipelines.molecules.record import MAX_NODES, Refusal, Row
 
 # As ase, AIMNet2, torchmd-net, ANI, SPICE, sGDML and rMD17 call them.
 NUMBERS = ("numbers", "atomic_numbers", "z", "Z", "types", "species", "nuclear_charges")
 POSITIONS = ("positions", "R", "coordinates", "coord", "coords", "pos", "conformations")
 _OFFSETS = ("offsets", "offset", "node_offset", "ptr")
 _SIZES = ("num_atoms", "n_atoms", "natoms", "sizes", "N")
+_NO_ELEMENT = NUM_ELEMENTS + 1  # an atom, other than 0 or -1, which fill up
 _CHUNK, _ATOMS = 1_024, 1 << 19  # molecules and slots for atoms in memory, at most
 _LARGEST = 1 << 30  # bytes of an array that are read at once
 
@@ -122,6 +124,10 @@ def rows(members: dict[str, Member], first: int, where: str, scale: float = 1.0)
                 else:
                     per_atom[name] = shared[name][keep]
             charge, multiplicity = charge_and_multiplicity(values)
+            refusal = None
+            if (own == _NO_ELEMENT).any():
+                message = f"{kinds.numbers} has a symbol of no element: write them as H, C, Cl"
+                refusal = Refusal("element", message)
             yield Row(
                 first + start + k,
                 values,
@@ -131,6 +137,7 @@ def rows(members: dict[str, Member], first: int, where: str, scale: float = 1.0)
                 charge=charge,
                 multiplicity=multiplicity,
                 node_columns=per_atom,
+                refusal=refusal,
             )
 
 
@@ -237,9 +244,9 @@ def _numbers(values: np.ndarray) -> np.ndarray:
         return np.where(np.isfinite(values), values, 0).astype(int)
     from data_pipelines.elements import symbols
 
-    table = {symbol: number for number, symbol in enumerate(symbols())}
+    table = {symbol: number for number, symbol in enumerate(symbols())} | {"": 0}
     text = [plain(value) or "" for value in values.reshape(-1)]
-    return np.array([table.get(t.strip(), 0) for t in text], int).reshape(values.shape)
+    return np.array([table.get(t.strip(), _NO_ELEMENT) for t in text], int).reshape(values.shape)
 
 
 def _value(value) -> Any:

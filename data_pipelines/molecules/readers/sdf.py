@@ -182,12 +182,21 @@ def _molecule(text: str, smiles: bool) -> dict:
     bonds[:, 2] = _TYPE_OF_TWICE_ORDER.take((2 * order[i, j]).astype(int), mode="clip")
     if not bonds[:, 2].all():
         raise ValueError("a bond is neither single, double, triple nor aromatic")
+    is_whole = molecule.GetNumAtoms(onlyExplicit=False) == len(atoms) and not any(
+        atom.GetNumRadicalElectrons() for atom in atoms
+    )
+    charge = Chem.GetFormalCharge(molecule)
+    states = None
+    if charge or not is_whole:
+        states = [
+            (a.GetFormalCharge(), a.GetTotalNumHs(), a.GetNumRadicalElectrons()) for a in atoms
+        ]
     return {
         "atomic_numbers": np.array([atom.GetAtomicNum() for atom in atoms], int),
         "positions": positions,
         "bonds": bonds,
-        "charge": Chem.GetFormalCharge(molecule),
+        "charge": charge,
+        "atom_states": None if states is None else np.array(states, int),
         "smiles": found,
-        "is_whole": molecule.GetNumAtoms(onlyExplicit=False) == len(atoms)
-        and not any(atom.GetNumRadicalElectrons() for atom in atoms),
+        "is_whole": is_whole,
     }

@@ -9,6 +9,7 @@ from typing import Any
 from data_pipelines.errors import UserError, suggest
 from data_pipelines.molecules.readers import xyz
 from data_pipelines.molecules.readers.fields import (
+    LARGEST_RECORD,
     Damaged,
     charge_and_multiplicity,
     clean,
@@ -18,6 +19,7 @@ from data_pipelines.molecules.record import Refusal, Row
 
 _XYZ = ("xyz", "xyz_path")  # names of a column of paths
 _BATCH = 1024  # rows of Parquet in memory
+csv.field_size_limit(LARGEST_RECORD)  # a cell of a record may be as long as the record
 
 
 # --- CSV -----------------------------------------------------------------------------------------
@@ -52,6 +54,17 @@ def read_csv(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
                 yield build.row(number, dict(zip(header, values, strict=True)))
 
 
+def csv_files(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The xyz files that a column names, in the order of the rows."""
+    with open_text(path, newline="") as stream:
+        lines = csv.reader(stream.lines(), delimiter=_delimiter(path))
+        place = _place_of_xyz(_header(lines, path))
+        for fields, *_ in _records(lines) if place is not None else ():
+            stream.begin_record()
+            if len(fields) > place and not isinstance(fields, str) and fields[place].strip():
+                yield path.parent / fields[place].strip()
+
+
 def csv_columns(path: pathlib.Path) -> tuple[str, ...]:
     """Names in the header."""
     with open_text(path, newline="") as stream:
@@ -72,7 +85,7 @@ def _records(lines) -> Iterator[tuple[list[str] | str, int, int]]:
 
 
 def _delimiter(path: pathlib.Path) -> str:
-    return "\t" if ".tsv" in path.suffixes else ","
+    return "\t" if ".tsv" in path.name.lower() else ","
 
 
 def _header(lines, path: pathlib.Path) -> list[str]:
@@ -112,6 +125,16 @@ def read_parquet(path: pathlib.Path, smiles_column: str) -> Iterator[Row]:
                 yield build.row(number, columns)
 
 
+def parquet_files(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """As `csv_files`."""
+    with _open_parquet(path) as file:
+        names = file.schema_arrow.names
+        if (place := _place_of_xyz(names)) is None:
+            return
+        for batch in file.iter_batches(batch_size=_BATCH, columns=[names[place]]):
+            yield from (path.parent / str(name) for name in batch[0].to_pylist() if name)
+
+
 def parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
     """Names in the schema."""
     with _open_parquet(path) as file:
@@ -146,6 +169,11 @@ def _open_parquet(path: pathlib.Path):
 
 
 # --- both ----------------------------------------------------------------------------------------
+
+
+def _place_of_xyz(names: Sequence[str]) -> int | None:
+    """Which column holds paths of xyz files, if any."""
+    return next((k for k, name in enumerate(names) if name.lower() in _XYZ), None)
 
 
 class _Builder:

@@ -10,6 +10,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from data_pipelines.molecules.readers.ase_files import row_of_atoms
 from data_pipelines.molecules.readers.fields import Damaged, clean, open_text, union
@@ -42,9 +43,15 @@ def columns(path: pathlib.Path) -> tuple[str, ...]:
                 values = key_val_str_to_dict(comment)
             except Exception:  # as in `parse`, where the row is refused
                 values = {}
-            names = [n for n in values if n not in own and f"{n}=" in comment]
+            names = [n for n in given(values, comment) if n not in own]
         found = union([found, names])
     return tuple(found)
+
+
+def given(values: dict[str, Any], comment: str) -> dict[str, Any]:
+    """The values that a comment gives: ase reads a word without one as true."""
+    has_value = lambda name: re.search(rf"(?<![\w.-]){re.escape(name)}[\"']?\s*=", comment)
+    return {k: v for k, v in values.items() if v is not True or has_value(k)}
 
 
 def is_plain(comment: str) -> bool:
@@ -73,13 +80,15 @@ def parse(row: Row, need: str) -> Row:
 def read_first(path: pathlib.Path) -> Row:
     """The first frame of a file, as a row with number 1; what is wrong is its refusal."""
     refuse = lambda message: Row(1, refusal=Refusal("bad_row", message))
-    if not path.is_file():
-        return refuse("there is no such file beside the table: correct the path")
     try:
+        if not path.is_file():
+            return refuse("there is no such file beside the table: correct the path")
         for text in _frames(path):
             return parse(Row(1, text=text), "all")
     except Damaged as damage:
         return refuse(str(damage))
+    except OSError as error:  # what is no name of a file
+        return refuse(f"it cannot be opened ({error.strerror}): give the path of a file")
     return refuse("the file is empty")
 
 
@@ -125,6 +134,5 @@ def _read_atoms(text: str):
     if claimed > (there := len(atoms.partition("\n")[0].split())):
         raise ValueError(f"Properties names {claimed} columns, and the first atom has {there}")
     found = ase.io.read(io.StringIO(text), index=0, format="extxyz")
-    # Words without a value are read as true.
-    found.info = {k: v for k, v in found.info.items() if f"{k}=" in comment}
+    found.info = given(found.info, comment)
     return found

@@ -84,7 +84,8 @@ class XyzWriter(Writer):
 
     def open(self) -> None:
         self._file = TextFile(self.building, self.path)
-        self._from_xyz = ".xyz" in self.source.suffixes or ".extxyz" in self.source.suffixes
+        kinds = {suffix.lower() for suffix in self.source.suffixes}
+        self._from_xyz = bool(kinds & {".xyz", ".extxyz"})
 
     def write(
         self,
@@ -96,7 +97,8 @@ class XyzWriter(Writer):
             new = {name: outputs[name][k] for name in self.columns}
             per_atom = {n: new.pop(n) for n, kind in self.columns.items() if kind == "atoms"}
             if self._from_xyz and row.text:
-                _, comment, *lines = row.text.rstrip("\n").split("\n")
+                count, comment, *lines = f"{row.text}\n".split("\n")
+                lines = lines[: int(count)]
                 comment, values = _extended(comment.strip()), new
             else:
                 numbers, positions = atoms_of(row, molecules[k] if molecules else None)

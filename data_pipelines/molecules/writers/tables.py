@@ -37,7 +37,7 @@ class CsvWriter(Writer):
 
     def open(self) -> None:
         self._file = TextFile(self.building, self.path)
-        delimiter = "\t" if ".tsv" in self.path.suffixes else ","
+        delimiter = "\t" if ".tsv" in self.path.name.lower() else ","
         self._csv = csv.writer(self._file.text, delimiter=delimiter, lineterminator="\n")
         self._csv.writerow([*self.names, *self.columns])
 
