@@ -9,7 +9,16 @@ from data_pipelines.errors import UserError
 
 Range = tuple[str, Callable[[Any], bool]]
 
-COUNT: Range = ("a whole number from 1", lambda x: isinstance(x, numbers.Integral) and x >= 1)
+
+def whole_from(least: int) -> Range:
+    """Whole numbers, none smaller."""
+    return (
+        f"a whole number from {least}",
+        lambda x: isinstance(x, numbers.Integral) and x >= least,
+    )
+
+
+COUNT = whole_from(1)
 NOT_NEGATIVE: Range = ("at least 0", lambda x: x >= 0)
 FINITE: Range = ("a finite number", math.isfinite)
 POSITIVE: Range = ("a finite number above 0", lambda x: 0 < x < math.inf)

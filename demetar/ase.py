@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from ase.calculators.calculator import Calculator as AseCalculator
-from ase.calculators.calculator import all_changes
+from ase.calculators.calculator import all_changes, all_properties
 
 from data_pipelines import batching
 from data_pipelines.errors import UserError, check_known
@@ -41,7 +41,8 @@ class Calculator(AseCalculator):
       model: of `demetar.load_model`, or what that takes.
       energy: the target that is the energy, in any unit of energy; "": there is none, so there are
         no forces either. Nothing is an energy of the system without being named here: a HOMO has a
-        unit of energy too.
+        unit of energy too. A target whose name means something to ASE, such as `dipole`, is not in
+        `results`.
     """
 
     def __init__(self, model: Model | str, energy: str = "", **kwargs):
@@ -57,7 +58,10 @@ class Calculator(AseCalculator):
                 )
             self._in_ev = factor(targets[energy].unit, "eV")
         self.implemented_properties = ["energy", "free_energy", "forces"] if energy else []
-        self.implemented_properties += [target.name for target in self.model.targets]
+        # What ASE has a name for has its unit there, too: only the energy named above is converted.
+        names = [target.name for target in self.model.targets]
+        self._own = [name for name in names if name not in all_properties]
+        self.implemented_properties += self._own
         # id of an Atoms -> it, numbers and info that the bonds are for, its molecule.
         self._frozen: dict[int, tuple[weakref.ref, tuple, Molecule]] = {}
         self._info: tuple | None = None
@@ -79,11 +83,13 @@ class Calculator(AseCalculator):
         self._info = _said(self.atoms)
         molecule = self._current(self.atoms if atoms is None else atoms)
         values = self.model.predict_molecules([molecule], batch_size=1)
-        for target in self.model.targets:
-            value = values[target.name]
-            self.results[target.name] = value if target.per_node else float(value[0])
+        found = {
+            target.name: values[target.name] if target.per_node else float(values[target.name][0])
+            for target in self.model.targets
+        }
+        self.results |= {name: found[name] for name in self._own}
         if self.energy:
-            total = self.results[self.energy] * self._in_ev
+            total = found[self.energy] * self._in_ev
             self.results |= {"energy": total, "free_energy": total}
             if "forces" in properties:
                 self.results["forces"] = self._forces(molecule)

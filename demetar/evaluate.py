@@ -91,16 +91,21 @@ def main(arguments: list[str]) -> int:
         "--target", action="append", default=[], metavar="NAME:UNIT", help="column of FILE"
     )
     parser.add_argument("--smiles", default="", metavar="COLUMN", help="of FILE, of the SMILES")
-    parser.add_argument("--split", default="test", choices=PARTS, help="the part of the data")
+    parser.add_argument("--split", choices=PARTS, help="the part of the data; default: test")
     options = command_line.parse(parser, arguments)
     if bool(options.file) != bool(options.model):
         raise UserError("A FILE is scored with --model=MODEL: give both, or neither.")
+    if options.model and options.split:
+        raise UserError("--split is of a run's data, and a FILE is scored whole: leave it out.")
+    if not options.model and (options.target or options.smiles):
+        raise UserError("--target and --smiles are columns of a FILE: give it, with --model.")
+    split = options.split or "test"
     if options.model:
         found = _score(options)
     elif options.pretrained:
-        found = evaluate_pretrained(options.pretrained, options.split)
+        found = evaluate_pretrained(options.pretrained, split)
     else:
-        found = evaluate_run(pathlib.Path(options.workdir), options.split)
+        found = evaluate_run(pathlib.Path(options.workdir), split)
     print(json_text(found, indent=1))
     return EXIT_DONE
 

@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
     """What both commands do; the exit code."""
     from demetar.inference.model import load_model
     from demetar.inference.prediction import Prediction, predict_file
-    from demetar.job.place import find_place, numbered
+    from demetar.job.place import Place, find_place, numbered
     from demetar.training import runtime
 
     if options.batch_size < 0:
@@ -98,6 +98,10 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
         )
         with _few_searches_for_cycles():
             here = numbered(find_place(None, None, None))
+            if not options.out:  # a few SMILES, for the screen: nothing to share
+                if here.process:
+                    return EXIT_DONE
+                here = Place("one process")
             counts = predict_file(request, here)
         if not options.out:
             sys.stdout.write(out.read_text())

@@ -212,5 +212,5 @@ def compile_the_rest(trainer: Trainer, evaluator: Evaluator, job: Job) -> None:
 def why_stopped(config, step: int, job: Job) -> str:
     """What asked for a stop, for a person."""
     if config.checkpoint.stop_at == step:
-        return f"config.checkpoint.stop_at={step}"
+        return f"config.checkpoint.stop_at={step} (drop or raise it to go on)"
     return job.interruption.requested or "a signal to another process"

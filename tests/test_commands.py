@@ -112,6 +112,9 @@ def test_train_refuses_before_it_starts(arguments, message, capsys, tmp_path, mo
         ([], "one of the arguments --workdir --pretrained --model is required"),
         (["--workdir=x", "--split=tests"], "invalid choice: 'tests'"),
         (["--workdir=x", "--config=qm9"], "demetar evaluate has no option '--config'"),
+        (["--workdir=x", "--target=homo:eV"], "are columns of a FILE"),
+        (["--pretrained=x", "--smiles=s"], "are columns of a FILE"),
+        (["f.csv", "--model=x", "--split=train"], "a FILE is scored whole"),
     ],
 )
 def test_evaluate_refuses(arguments, message, capsys):

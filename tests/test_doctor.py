@@ -10,8 +10,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 
 import jax
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -269,3 +271,8 @@ def test_each_process_of_a_job_is_asked_about_its_share():
     share = run_checks._share(load_config("nbody:smoke", changes | {"mesh.fsdp": 6}), 3)
     assert share.data.batch_size == share.data.eval_batch_size == 8
     assert (share.mesh.data, share.mesh.fsdp) == (4, 1)
+
+
+def test_a_bucket_without_training_graphs_is_not_waited_for():
+    plan = types.SimpleNamespace(batches_per_bucket=np.array([0, 2, 1]))
+    assert run_checks._first_bucket(types.SimpleNamespace(plan=plan)) == 1

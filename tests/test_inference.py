@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import random_graph
+from rdkit import Chem
+from rdkit.Chem import AllChem
 
 import demetar
 from data_pipelines.errors import UserError
@@ -399,7 +401,6 @@ def test_what_a_model_has_not_learned_is_refused(model, molecules):
 
 
 def test_bad_inputs_are_rows_and_change_no_neighbour(model, molecules, monkeypatch):
-    from rdkit import Chem
 
     atoms = ase.build.molecule("CH3CH2OH")
     flat = Chem.MolFromSmiles("CCN")
@@ -554,6 +555,17 @@ def test_an_export_may_have_one_shape(packed, tmp_path):
     assert card["inputs"]["edge_mask"]["shape"] == [2, 12]
     with pytest.raises(UserError, match="Unknown platform 'gpu'"):
         export.export(packed, tmp_path / "x.bin", ("gpu",))
+    with pytest.raises(UserError, match="choose another suffix"):
+        export.export(packed, tmp_path / "x.json")
+
+
+def test_molecules_of_rdkit_come_as_they_are():
+    bad = Chem.MolFromSmiles("c1cccc1", sanitize=False)
+    good = Chem.AddHs(Chem.MolFromSmiles("CCO"))
+    AllChem.EmbedMolecule(good, randomSeed=1)
+    refused, row = inputs.items_of([bad, good])
+    assert refused.refusal.status == "bad_row" and "kekulize" in refused.refusal.message
+    np.testing.assert_array_equal(row.positions, good.GetConformer().GetPositions())
 
 
 # --- ASE -----------------------------------------------------------------------------------------
@@ -632,3 +644,15 @@ def test_what_a_calculator_refuses(calculator, model):
     bromine.calc = calculator
     with pytest.raises(UserError, match="CH3Cl: has Cl"):
         bromine.get_potential_energy()
+
+
+def test_what_ase_has_a_name_for_is_given_in_its_unit_or_not_at_all(model, monkeypatch):
+    """A target called `energy` may be in meV: ASE would read it as eV."""
+    monkeypatch.setattr(demetar.ase, "all_properties", ["U0", "energy"])
+    for energy in ("", "U0"):
+        calculator = demetar.ase.Calculator(model, energy=energy)
+        assert "U0" not in calculator.implemented_properties
+        atoms = ase.build.molecule("CH4")
+        atoms.calc = calculator
+        calculator.calculate(atoms)
+        assert "U0" not in calculator.results and ("energy" in calculator.results) == bool(energy)

@@ -169,6 +169,19 @@ def untrained(cache_dir, **changes):
     return ParticleModel(package.Package("mine", params, card)), experiment
 
 
+def test_a_model_in_float64_predicts_in_float64(cache_dir):
+    with jax.enable_x64(True):
+        model, experiment = untrained(cache_dir, **{"model.dtype": "float64"})
+    x, v = (
+        a.reshape(-1, 4, 3)[:3] for a in (experiment.arrays.position, experiment.arrays.velocity)
+    )
+    given = {"position": x, "velocity": v, "charge": experiment.arrays.charge.reshape(-1, 4)[:3]}
+    found = model(**given)
+    moved = model(**given | {"position": x + 1e-10})
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(moved - found, 1e-10, rtol=1e-3)  # float32 would lose it
+
+
 HORIZONS = {"data.targets": ("position", "velocity"), "data.general.horizon_steps": (10, 20)}
 
 

@@ -538,6 +538,19 @@ def test_every_number_of_a_model_has_a_range(variant):
             model_of(variant, **{option: 0})
 
 
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_the_least_of_each_option_builds(variant):
+    """What a message says is allowed is: no traceback, and finite numbers."""
+    model = model_of(variant)
+    for option, least in type(model).LEAST.items():
+        with pytest.raises(UserError, match=f"config.model.{option} is {least - 1}, but"):
+            model_of(variant, **{option: least - 1})
+    if "node_layers" in model.LEAST:
+        model, params = build(variant, node_layers=0, joint_layers=0)
+        graph = graph_for(model, np.random.default_rng(0))
+        assert all(np.isfinite(x).all() for x in model.apply({"params": params}, graph).values())
+
+
 @pytest.mark.parametrize(
     "options", [{"environment": True, "edge_attention": "none"}, {"edge_attention": "full"}, {}]
 )

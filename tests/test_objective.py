@@ -1,6 +1,7 @@
 """Normalisation, losses and metrics: by hand, over padding, with labels that are missing."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from data_pipelines import batching
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import GraphArrays
-from data_pipelines.dataset import Dataset
+from data_pipelines.dataset import Dataset, training_mean
 from data_pipelines.edges import StoredEdges
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target
@@ -22,6 +23,7 @@ from demetar.training.objective import (
     make_objective,
     standardize,
 )
+from demetar.training.progress import Window
 from demetar.training.result import result_of
 
 ENERGY = Target("energy", "eV", extensive=True)
@@ -97,7 +99,10 @@ def test_extensive_targets_are_normalised_per_node(dataset):
     _, normalizations = standardize(dataset, np.float64)
     assert normalizations["homo"].slope == 0 and normalizations["homo"].offset != 0
     assert normalizations["U0"].slope != 0 and normalizations["U0"].offset == 0
-    assert Normalization.fit(GAP, np.ones(3), np.ones(3)).scale == 1.0  # labels all alike
+    for label in (1.0, 0.1, 104.7):  # all alike, but for the rounding of their mean
+        assert Normalization.fit(GAP, np.full(1_000, label), np.ones(1_000)).scale == 1.0
+        n = np.arange(1.0, 1_001.0)
+        assert Normalization.fit(ENERGY, label * n, n).scale == 1.0
 
 
 def test_missing_labels_are_left_out_of_the_statistics():
@@ -305,3 +310,33 @@ def test_reported_values_are_of_the_labels_in_their_unit(missing):
 def test_bad_objectives_are_named(options, message):
     with pytest.raises(UserError, match=message):
         objective_of(**options)
+
+
+def test_progress_says_nothing_of_a_target_without_a_label():
+    window = Window.empty(2)
+    window.add(1.0, 3, [4.0, 0.0], [2.0, 0.0], 1.0)
+    np.testing.assert_array_equal(window.mean_errors(), [2.0, np.nan])
+
+
+def test_a_trivial_predictor_is_measured_as_the_model():
+    """Huber's measure is of standardised errors, and so is that of the training mean."""
+    arrays = labelled_arrays()
+    arrays.graph_labels["gap"] *= 600
+    mean = training_mean({"gap": arrays.graph_labels["gap"]}, np.arange(4))
+    gap = dataclasses.replace(GAP, metric="huber")
+    dataset = dataset_of(arrays, (gap,), baselines=mean)
+    _, normalizations = standardize(dataset, np.float64)
+    graphs = dataset.split["train"]
+    outcome = types.SimpleNamespace(
+        dataset=dataset,
+        graphs=graphs,
+        targets=(gap,),
+        metrics={"gap": 0.0},
+        normalizations=normalizations,
+        graph_errors=np.zeros((4, 1)),
+        count=4,
+    )
+    found = result_of(outcome, "train", 0, {"passport": {"dataset": "four"}, "config": {}})
+    z = mean(graphs)["training_mean"]["gap"] / normalizations["gap"].scale
+    expected = np.where(np.abs(z) < 1, z**2 / 2, np.abs(z) - 0.5).mean()
+    assert found["targets"]["gap"]["huber_of_training_mean"] == pytest.approx(expected)

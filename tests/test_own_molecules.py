@@ -480,6 +480,16 @@ def test_only_process_0_knows_that_nothing_was_predicted(saved, quietly, monkeyp
         assert predict.main(["CO", f"--model={saved}", "--out=out.csv"]) == code
 
 
+@pytest.mark.filterwarnings("ignore:.*trained on the geometry")
+def test_smiles_for_the_screen_are_of_the_first_process(saved, quietly, monkeypatch, capsys):
+    place = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"}
+    for process, lines in ((1, 0), (0, 2)):
+        for name, value in (place | {"JAX_PROCESS_ID": str(process)}).items():
+            monkeypatch.setenv(name, value)
+        code = predict.main(["CO", f"--model={saved}", "--geometry=etkdg"])
+        assert code == EXIT_DONE and len(capsys.readouterr().out.splitlines()) == lines
+
+
 def test_a_file_is_scored_in_any_unit(molecules, saved, tmp_path, quietly, capsys):
     errors = []
     for unit, factor in (("hartree", 1.0), ("meV", HARTREE_IN_MEV)):

@@ -133,7 +133,7 @@ def test_file(tmp_path, content):
     split = make_split("file", keys=list("abcdef"), file=str(file))
     assert [split[part].tolist() for part in PARTS] == [[0, 1, 2], [3], [4]]
     # Row 2 of the file (counted from 1) was refused.
-    split = make_split("file", keys=list("acde"), file=str(file), numbers=[1, 3, 4, 5])
+    split = make_split("file", keys=list("acde"), file=str(file), numbers=[1, 3, 4, 5], num_rows=6)
     assert [split[part].tolist() for part in PARTS] == [[0, 1], [2], [3]]
 
 
@@ -147,7 +147,8 @@ def test_files_that_are_wrong(tmp_path):
         '{"train": ["a"], "val": [1], "test": [2]}': "is no list of rows",
         '{"train": "0-x", "val": [1], "test": [2]}': "is no list of rows",
         '{"train": [0], "val": [], "test": [2]}': "no molecules for validation",
-        '{"train": [0], "val": [1], "test": [9]}': "no molecules for test",
+        '{"train": [0], "val": [1], "test": []}': "no molecules for test",
+        '{"train": [0], "val": [1], "test": [9]}': "row 9 into test, but there are 4 rows",
         '{"train": [0, 3], "val": [1], "test": [2]}': None,
     }
     for text, message in cases.items():

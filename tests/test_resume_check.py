@@ -106,7 +106,9 @@ def runs(cache_dir, tmp_path_factory):
         return train_and_evaluate(config, folder / name, Job.alone())
 
     train("whole")
-    with pytest.raises(Preempted, match="config.checkpoint.stop_at=7 after step 7 of 12"):
+    with pytest.raises(
+        Preempted, match=r"config.checkpoint.stop_at=7 .*go on\) after step 7 of 12"
+    ):
         train("resumed", stop_at=7)
     train("resumed")
     train("other", seed=1)
@@ -169,6 +171,17 @@ def test_a_mistake_ends_with_2_before_anything_runs(main, arguments, message, mo
         main(arguments)
     assert end.value.code == EXIT_USER_ERROR
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("set_to", "found"), [("3,1", "3"), ("", "0")])
+def test_a_job_of_one_process_takes_a_gpu_that_it_may_have(set_to, found, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_to)
+    started = []
+    monkeypatch.setattr(
+        local_job.subprocess, "Popen", lambda command, env, **_: started.append(env)
+    )
+    local_job._start([], 0, 1, gpus=True, prefix=(), environment={})
+    assert started[0]["CUDA_VISIBLE_DEVICES"] == found
 
 
 def test_a_run_that_fails_by_itself_gives_the_command_its_code(monkeypatch, capsys):

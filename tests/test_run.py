@@ -1,6 +1,7 @@
 """Whole runs: killed, interrupted, damaged, refused, resumed. What is promised of processes is
 shown by real ones; what a message says, by the function that says it."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,6 +22,7 @@ from demetar.job.job import Job
 from demetar.job.watch import Watch
 from demetar.records.files import read_json, read_jsonl
 from demetar.train import check_files, train_and_evaluate
+from demetar.training import checkpoints as checkpoints_module
 from demetar.training import manifest
 from demetar.training.checkpoints import Checkpoints
 from demetar.training.evaluator import Evaluator
@@ -303,6 +305,18 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(config_of, half):
     with pytest.raises(UserError, match="No checkpoint in .* is whole"):
         train_and_evaluate(config_of(STATEFUL), half, Job.alone())
     assert not (half / "result.json").exists()
+
+
+def test_the_step_of_a_finished_run_is_that_of_its_result(finished, monkeypatch):
+    """The last save may be from before the last evaluation."""
+    read = checkpoints_module.read_meta
+
+    def before(folder):
+        identity, progress = read(folder)
+        return identity, dataclasses.replace(progress, best_step=0)
+
+    monkeypatch.setattr(checkpoints_module, "read_meta", before)
+    assert checkpoints_module.read_best(finished)[0] == result(finished)["step"]
 
 
 # --- demetar checkpoints --------------------------------------------------------------------------

@@ -63,6 +63,8 @@ def export(
     """
     for platform in platforms:
         check_known("platform", platform, PLATFORMS)
+    if destination.suffix == ".json":
+        raise UserError(f"{destination}: its JSON is written beside it: choose another suffix.")
     if unknown := set(package.card["inputs"]) - _OPTIONAL.keys():
         raise UserError(
             f"{package.name} needs {', '.join(sorted(unknown))} of each graph, which an exported "

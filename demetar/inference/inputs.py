@@ -1,5 +1,6 @@
 """What people have in their hands, as rows: SMILES, `ase.Atoms`, RDKit's molecules."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -36,7 +37,15 @@ def _item_of(item: Any, number: int) -> Row | Molecule:
         from rdkit import Chem
 
         large = item.GetNumAtoms() > _LARGEST_V2000
-        return parse_sdf_block(number, Chem.MolToMolBlock(item, forceV3000=large))
+        try:
+            row = parse_sdf_block(number, Chem.MolToMolBlock(item, forceV3000=large))
+        except (ValueError, RuntimeError) as error:  # RDKit's, such as of kekulization
+            message = f"RDKit cannot write it: {' '.join(str(error).split())}"
+            return Row(number, refusal=Refusal("bad_row", message))
+        if row.positions is None:
+            return row
+        # A record has four decimals.
+        return dataclasses.replace(row, positions=item.GetConformer().GetPositions())
     if item is None:  # what RDKit gives for a SMILES that it cannot read
         return Row(number, refusal=Refusal("bad_row", "is None: there is no molecule."))
     raise UserError(

@@ -7,6 +7,7 @@ import numpy as np
 from data_pipelines.errors import UserError
 from data_pipelines.graph import Graph
 from data_pipelines.nbody.pairs import edges_of
+from demetar.config.stored import real_dtype
 from demetar.inference.package import Package, read
 from demetar.models import predict as predict_batch
 
@@ -39,6 +40,7 @@ class ParticleModel:
         self.horizon: float = package.facts["horizon"]
         self._network = package.network()
         self._neighbors = package.config.data.neighbors
+        self._dtype = real_dtype(package.config)
         self._apply = jax.jit(self._predict_batch)
 
     @property
@@ -62,7 +64,7 @@ class ParticleModel:
                 f"{self.package.name} predicts no velocities, so nothing follows from its "
                 "predictions: train a model with config.data.targets=('position', 'velocity')."
             )
-        states = [(np.asarray(position, np.float32), np.asarray(velocity, np.float32))]
+        states = [(np.asarray(position, self._dtype), np.asarray(velocity, self._dtype))]
         for _ in range(steps):
             found = self._predict(*states[-1], charge, horizon)
             states.append((found[self._network.position], found[self._network.velocity]))
@@ -70,7 +72,7 @@ class ParticleModel:
 
     def _predict(self, position, velocity, charge, horizon) -> dict[str, np.ndarray]:
         arrays = {"position": position, "velocity": velocity, "charge": charge}
-        arrays = {key: np.asarray(value, np.float32) for key, value in arrays.items()}
+        arrays = {key: np.asarray(value, self._dtype) for key, value in arrays.items()}
         shape = arrays["position"].shape
         if len(shape) != 3 or shape[2] != 3 or shape[1] < 1:
             raise ValueError(f"position has shape {shape}; it must be [B, N, 3].")
@@ -78,13 +80,15 @@ class ParticleModel:
             if arrays[key].shape != wanted:
                 raise ValueError(f"{key} has shape {arrays[key].shape}; it must be {wanted}.")
         time = self._time(horizon)
-        found = self._apply(**arrays, **_edges(arrays["position"], self._neighbors), time=time)
+        edges = _edges(arrays["position"], self._neighbors)
+        with jax.enable_x64(self._dtype == np.float64):
+            found = self._apply(**arrays, **edges, time=time)
         return {name: np.asarray(value) for name, value in found.items()}
 
-    def _time(self, horizon: float | None) -> np.float32:
+    def _time(self, horizon: float | None) -> np.floating:
         """The time to predict for, refused if the model has not learned it."""
         if horizon is None:
-            return np.float32(self.horizon)
+            return self._dtype.type(self.horizon)
         if not self.several_horizons and not np.isclose(horizon, self.horizon):
             raise ValueError(
                 f"horizon is {horizon}, but {self.package.name} has learned {self.horizon} alone."
@@ -94,7 +98,7 @@ class ParticleModel:
                 f"horizon is {horizon}, but must be above 0 and at most {self.horizon}, the "
                 f"longest that {self.package.name} has learned."
             )
-        return np.float32(horizon)
+        return self._dtype.type(horizon)
 
     def _predict_batch(self, position, velocity, charge, edges, edge_mask, time) -> dict:
         number, n = position.shape[:2]

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from data_pipelines.errors import UserError, check_known
 from data_pipelines.graph import Array, Graph
-from data_pipelines.ranges import BELOW_ONE, COUNT, NOT_NEGATIVE, POSITIVE, check_range
+from data_pipelines.ranges import BELOW_ONE, COUNT, POSITIVE, check_range, whole_from
 from data_pipelines.targets import Target
 
 EMBEDDING = "kept_embedding"  # of the graph's last features; a name that no layer of a model has
@@ -30,8 +30,8 @@ class GraphModel(nn.Module):
 
     READOUTS: ClassVar[tuple[str, ...]] = ()  # of `data_pipelines.targets.READOUTS`
     CHOICES: ClassVar[dict[str, tuple]] = {}  # option -> the values that it may have
-    # Options of which 0 means none; other whole numbers are at least 1, others above 0.
-    MAY_BE_ZERO: ClassVar[frozenset[str]] = frozenset()
+    # The least of whole numbers, where that is not 1; other numbers are above 0.
+    LEAST: ClassVar[dict[str, int]] = {}
     symmetries: ClassVar[frozenset[str]] = SYMMETRIES
     # Which of `node_feature` and `graph_feature` it reads, where the data have them.
     READS: ClassVar[frozenset[str]] = frozenset()
@@ -93,7 +93,7 @@ class GraphModel(nn.Module):
         elif type(default) is float:
             check_range(what, value, POSITIVE)
         elif type(default) is int:
-            check_range(what, value, NOT_NEGATIVE if option in self.MAY_BE_ZERO else COUNT)
+            check_range(what, value, whole_from(self.LEAST.get(option, 1)))
         elif isinstance(default, tuple):
             for number in value:
                 check_range(f"A number of {what}", number, COUNT)

@@ -51,7 +51,7 @@ class Cormorant(GraphModel):
 
     READOUTS: ClassVar = ("sum",)
     symmetries: ClassVar = frozenset({"rotation", "translation", "permutation"})
-    MAY_BE_ZERO: ClassVar = frozenset({"max_order", "num_trigonometric", "num_powers"})
+    LEAST: ClassVar = {"max_order": 0, "num_trigonometric": 0, "num_powers": 0}
 
     elements: tuple[int, ...]
     width: int = 16

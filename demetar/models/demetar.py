@@ -92,7 +92,8 @@ class Demetar(GraphModel):
         "edge_attention": ("full", "shared_node", "none"),
         "scaling": ("standard", "blog"),
     }
-    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "node_layers", "joint_layers", "directions"})
+    LEAST: ClassVar = {"edge_layers": 0, "node_layers": 0, "joint_layers": 0, "directions": 0}
+    LEAST |= {"num_radial": 4}  # half of them are of edges; a single one is the same everywhere
 
     elements: tuple[int, ...]
     equivariance: str = "velocity"
@@ -175,11 +176,13 @@ class Demetar(GraphModel):
         Masks padded keys and, with `pair_bias`, adds a learned function of all distances.
         """
         num_layers = self.node_layers + self.joint_layers
+        if not num_layers:
+            return []
         # No offset: a constant added to all logits of a row cancels in the softmax.
         features = num_layers * self.num_heads
         dense = Dense(features, use_bias=False, dtype=self.dtype, name="pair_bias")
         x_Nx3 = graph.position
-        of_layers = lambda x, axis: jnp.split(x, num_layers, axis) if num_layers else []
+        of_layers = lambda x, axis: jnp.split(x, num_layers, axis)
         if self.attention == "edges":
             links, distance_L = _node_links(graph)
             if not self.pair_bias:

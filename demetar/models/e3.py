@@ -63,7 +63,7 @@ class DemetarE3(GraphModel):
     """
 
     READOUTS: ClassVar = ("position", "velocity")
-    MAY_BE_ZERO: ClassVar = frozenset({"field_kernels"})
+    LEAST: ClassVar = {"field_kernels": 0}
     READS: ClassVar = frozenset({"graph_feature"})  # the horizon, of data with several
 
     horizon: float

@@ -52,6 +52,11 @@ class EquivariantModel(GraphModel):
                 f"This model pools its atoms in one way, but the targets are read out by "
                 f"{', '.join(sorted(readouts))}: choose one by config.model.readout."
             )
+        if self.vector_targets and self.num_degrees < 2:
+            raise UserError(
+                f"config.model.num_degrees ({self.num_degrees}) must be at least 2: a vector such "
+                f"as {self.vector_targets[0]} has degree 1."
+            )
         if len({t.per_node for t in self.targets}) > 1:
             raise UserError(
                 "This model predicts numbers of a graph or vectors of its nodes, not both at once: "

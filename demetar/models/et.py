@@ -69,6 +69,7 @@ class Et(GraphModel):
     """
 
     READOUTS: ClassVar = ("sum", "mean")
+    LEAST: ClassVar = {"width": 2, "num_radial": 2}
 
     width: int = 256
     num_layers: int = 8

@@ -51,6 +51,7 @@ class LieConv(GraphModel):
     """
 
     READOUTS: ClassVar = ("mean", "sum")
+    LEAST: ClassVar = {"width": 4}
     symmetries: ClassVar = frozenset({"translation", "permutation"})
     batch_axis: ClassVar[str | None] = None  # name of the vmapped axis over the graphs of a batch
 

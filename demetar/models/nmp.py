@@ -56,7 +56,7 @@ class Nmp(GraphModel):
     READOUTS: ClassVar = ("cls",)
     READS: ClassVar = frozenset({"node_feature"})
     CHOICES: ClassVar = {"form": ("authors", "pyg")}
-    MAY_BE_ZERO: ClassVar = frozenset({"edge_layers", "output_layers"})
+    LEAST: ClassVar = {"edge_layers": 0, "output_layers": 0}
 
     form: str = "authors"
     width: int = 50

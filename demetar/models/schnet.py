@@ -53,6 +53,7 @@ class Schnet(GraphModel):
     """
 
     READOUTS: ClassVar = ("sum", "mean")
+    LEAST: ClassVar = {"width": 2, "num_radial": 2}
     CHOICES: ClassVar = {"generation": ("first", "schnetpack")}
 
     elements: tuple[int, ...]

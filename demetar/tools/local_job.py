@@ -156,7 +156,8 @@ def _start(
     if not gpus:
         more = {"JAX_PLATFORMS": "cpu"}
     elif count == 1:
-        more = {"CUDA_VISIBLE_DEVICES": "0"}
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+        more = {"CUDA_VISIBLE_DEVICES": allowed.split(",")[0]}
     else:
         more = {"JAX_LOCAL_DEVICE_IDS": str(number)}
     process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """What `demetar doctor` looks at with a config: data, disk, an earlier run, a compiled step."""
 
+import itertools
 import math
 import os
 import pathlib
@@ -149,7 +150,7 @@ def _step(experiment: Experiment) -> Iterator[Finding]:
         )
         return
     counts = [flops.count(trainer.jitted, *trainer.abstract_arguments(b)) for b in range(last + 1)]
-    work = np.array([count.total for count in counts]) / counts[0].total
+    work = np.array([count.total for count in counts]) / counts[_first_bucket(trainer)].total
     mean = a_step * float(np.average(work, weights=trainer.plan.batches_per_bucket))
     steps = experiment.config.train.num_steps
     yield ok(
@@ -175,9 +176,15 @@ def _memory(program) -> Finding:
     return ok("memory", text)
 
 
+def _first_bucket(trainer: Trainer) -> int:
+    """Of those that training has graphs of."""
+    return int(np.flatnonzero(trainer.plan.batches_per_bucket)[0])
+
+
 def _seconds_of_first_bucket(trainer: Trainer) -> float:
     """Of one step, the mean of a few after the first."""
-    number = next(k for k in range(10**9) if trainer.plan[k][0] == 0)
+    first = _first_bucket(trainer)
+    number = next(k for k in itertools.count() if trainer.plan[k][0] == first)
     bucket, graphs = trainer.gather(number)
     batch = trainer.to_devices(graphs)
     state, sums = trainer.step(trainer.experiment.create_state(), bucket, batch)

@@ -27,6 +27,7 @@ from data_pipelines.errors import UserError
 from demetar.exits import NotRestorable
 from demetar.job.job import Job
 from demetar.records import log
+from demetar.records.files import read_json
 from demetar.training import sharding
 from demetar.training.manifest import MANIFEST, what_is_wrong, write_manifest
 from demetar.training.progress import Progress
@@ -370,6 +371,8 @@ def read_best(workdir: pathlib.Path) -> tuple[int, dict, dict]:
         raise UserError(f"{workdir} has no whole checkpoint yet: train for longer first.")
     identity, progress = read_meta(whole[max(whole)])
     best = progress.best_step
+    if (result := workdir / "result.json").exists():
+        best = read_json(result)["step"]  # the last save may have been before the last evaluation
     if best not in whole:
         raise UserError(
             f"{workdir} has no whole checkpoint with an evaluation yet, only those of steps "

@@ -46,14 +46,14 @@ class Normalization:
         known = ~np.isnan(label)
         y = label[known][:, None]
         if target.normalization == "scale":
-            return cls(scale=_positive(np.sqrt((y**2).mean())))
+            return cls(scale=_scale_of(y, y))
         if target.extensive and not target.per_node:
             n = num_nodes[known].astype(np.float64)
             slope = float((n @ y / (n @ n))[0])
             residual = y - n[:, None] * slope
-            return cls(slope=slope, scale=_positive(np.sqrt((residual**2).mean(axis=0))[0]))
+            return cls(slope=slope, scale=_scale_of(residual, y))
         offset = float(y.mean(axis=0)[0])
-        return cls(offset=offset, scale=_positive(np.sqrt(((y - offset) ** 2).mean(axis=0))[0]))
+        return cls(offset=offset, scale=_scale_of(y - offset, y))
 
     def standardize(self, label: np.ndarray, num_nodes) -> np.ndarray:
         """Reported units -> what the model predicts, float64, before any cast."""
@@ -64,9 +64,10 @@ class Normalization:
         return standardized * self.scale + self.offset + num_nodes * self.slope
 
 
-def _positive(scale) -> float:
-    """Labels that are all alike have no scale of their own."""
-    return float(scale) if scale > 0 else 1.0
+def _scale_of(residual: np.ndarray, label: np.ndarray) -> float:
+    """Root mean square; 1 of labels that are all alike, where only rounding is left."""
+    scale = float(np.sqrt((residual**2).mean()))
+    return scale if scale > 1e-12 * np.abs(label).max() else 1.0
 
 
 def standardize(dataset: Dataset, dtype) -> tuple[GraphArrays, dict[str, Normalization]]:

@@ -44,8 +44,9 @@ class Window:
         return self.loss / max(self.graphs, 1.0)
 
     def mean_errors(self) -> np.ndarray:
-        """[T] standardised."""
-        return np.array(self.errors) / np.maximum(self.labels, 1.0)
+        """[T] standardised; NaN where there was no label."""
+        labels = np.array(self.labels)
+        return np.divide(self.errors, labels, out=np.full(len(labels), np.nan), where=labels > 0)
 
 
 @dataclasses.dataclass

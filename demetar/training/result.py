@@ -37,7 +37,8 @@ def result_of(outcome: Outcome, part: str, step: int, identity: dict) -> dict:
         for name, errors in baselines.items():
             if target.name not in errors:
                 continue
-            error = measure.of_error(errors[target.name])
+            scale = outcome.normalizations[target.name].scale  # measures are of standardised errors
+            error = measure.of_error(errors[target.name] / scale) * scale**measure.power
             row[f"{target.metric}_of_{name}"] = float(measure.finish(np.nanmean(error), variance))
         # A few graphs may make most of a mean: say so.
         error_g = outcome.graph_errors[:, k]
