@@ -3,6 +3,7 @@
     python benchmarks/many.py --rows=ours           train (or go on with) a group of rows
     python benchmarks/many.py --floor=glad_20       the least error of an equivariant model
     python benchmarks/many.py --cost                time of forward and backward against particles
+    python benchmarks/many.py --exact               gravity's own law in the model's steps
     python benchmarks/many.py --before=0c2ec6f      training a hundred, beside an older commit's
     python benchmarks/rollout.py                    ten predictions, each from the last
 
@@ -29,10 +30,11 @@ from study import ROOT, Row, Study, measure_floor
 
 from data_pipelines.batch_plan import Bucket
 from data_pipelines.batching import gather
-from data_pipelines.nbody import POSITION, arrays_of
+from data_pipelines.nbody import POSITION, arrays_of, preparation
 from data_pipelines.nbody.draws import draw, stack
 from data_pipelines.nbody.pairs import edges_of
 from data_pipelines.nbody.protocols import PROTOCOLS, general_protocol
+from demetar.config.command_line import load_config
 from demetar.models import create_model
 from demetar.speed.machine import processor
 
@@ -151,6 +153,42 @@ def measure_cost() -> dict:
     }
 
 
+# --- gravity's own law ----------------------------------------------------------------------------
+
+
+def measure_exact() -> dict:
+    """Error of the simulator's own law in as many steps of leapfrog as the model takes."""
+    config = load_config("nbody:gravity_100")
+    steps = config.model.rounds * config.model.field_steps
+    task = PROTOCOLS["gravity_100"]
+    systems, _ = preparation.load(task)
+    test = preparation.split_of(task)["test"]
+    time = task.horizons[-1] / steps
+
+    def ahead(x, v):
+        def step(state, _):
+            x, v = state
+            x = x + time / 2 * v
+            apart = x[:, None] - x
+            square = (apart**2).sum(axis=-1) + 0.1**2  # softened as the simulator's
+            v = v - time * (apart / square[..., None] ** 1.5).sum(axis=1)
+            return (x + time / 2 * v, v), None
+
+        return jax.lax.scan(step, (x, v), length=steps)[0][0]
+
+    found = jax.lax.map(
+        lambda start: ahead(*start), (systems.position[test], systems.velocity[test]), batch_size=20
+    )
+    error = np.square(np.asarray(found) - systems.target[test, 0])
+    return {
+        "command": "python benchmarks/many.py --exact",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "steps": steps,
+        "systems": len(test),
+        "mse": float(error.mean()),
+    }
+
+
 # --- before and after ----------------------------------------------------------------------------
 
 _HUNDRED = [
@@ -210,6 +248,7 @@ def main() -> None:
     parser.add_argument("--floor", choices=choices, help="measure the floor of its systems")
     parser.add_argument("--systems", type=int, default=200, help="of each part, for the floor")
     parser.add_argument("--cost", action="store_true", help="measure the cost of a step")
+    parser.add_argument("--exact", action="store_true", help="measure gravity's own law")
     parser.add_argument("--before", metavar="COMMIT", help="beside which training is timed")
     options = parser.parse_args()
     STUDY.train_rows(options.rows, options.cores)
@@ -219,6 +258,8 @@ def main() -> None:
         STUDY.keep(f"floor-{options.floor}", {"command": command} | floor)
     if options.cost:
         STUDY.keep("cost", measure_cost())
+    if options.exact:
+        STUDY.keep("exact", measure_exact())
     if options.before:
         STUDY.keep("before", measure_before_and_after(options.before))
 

@@ -54,6 +54,10 @@ def _table_errors() -> list[str]:
         lines.append(_line(title, *cells))
     for group, title in reversed(TITLES.items()):
         lines.append(_line(title, *(_mean_mse(_seeds(group, task)) for task in TASKS)))
+    if exact := STUDY.read("exact"):
+        title = f"gravity's own law in {exact['steps']} steps, as many as the model's"
+        cells = [f"{exact['mse']:.5f}" if task == "gravity_100" else "" for task in TASKS]
+        lines.append(_line(title, *cells))
     floors = [STUDY.read(f"floor-{task}") for task in TASKS]
     cells = [f"{floor['any']['test']['mse']:.4f}" if floor else "" for floor in floors]
     lines.append(_line("floor of equivariant models", *cells))
@@ -175,7 +179,7 @@ def page_text() -> str:
     """docs/results/many.md, from the JSON files alone."""
     text = (ROOT / "benchmarks" / "many_page.md").read_text()
     commands = [x["command"] for row in ROWS if (x := STUDY.read(row.name))]
-    others = (*(f"floor-{task}" for task in TASKS), "cost", "before", "rollout")
+    others = (*(f"floor-{task}" for task in TASKS), "exact", "cost", "before", "rollout")
     commands += [x["command"] for name in others if (x := STUDY.read(name))]
     for key, lines in {
         "errors": _table_errors(),
