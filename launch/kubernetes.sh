@@ -5,7 +5,7 @@
 #       --config=configs/qm9.py                        becomes python -m demetar.main "$@" in each pod
 #
 # The workdir is /runs/NAME, on the claim. DRY_RUN=1 prints the manifest instead of applying it.
-# DOCTOR=1 looks at each pod's machine first (demetar doctor); a problem fails the job with 2.
+# DOCTOR=1 looks at the machine of the first pod (demetar doctor); a problem fails the job with 2.
 set -eu
 cd "$(dirname "$0")/.."
 name=${1:?a name for the JobSet, as the first argument}
@@ -15,7 +15,7 @@ arguments=$(python -c 'import json, sys; print(json.dumps(sys.argv[1:]))' --work
 command='[python, -m, demetar.main]'
 # shellcheck disable=SC2016  # "$@" is for the pod's shell
 [ -z "${DOCTOR:-}" ] ||
-  command='[sh, -c, "python -m demetar.doctor \"$@\" && exec python -m demetar.main \"$@\"", sh]'
+  command='[sh, -c, "[ $JAX_PROCESS_ID != 0 ] || python -m demetar.doctor \"$@\" && exec python -m demetar.main \"$@\"", sh]'
 manifest=$(python -c '
 import sys
 text = sys.stdin.read()

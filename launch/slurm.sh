@@ -32,6 +32,8 @@ if [ -n "${DOCTOR:-}" ]; then
     python -m demetar.doctor "$@" || exit
 fi
 
+# From SLURM 22.05 on, srun does not take it from sbatch.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 job=
 trap '[ -z "$job" ] || kill -USR1 "$job"' USR1 TERM
 # No --kill-on-bad-exit: it would kill processes that are saving, and hide the code 75 behind 137. They

@@ -216,7 +216,8 @@ def check_that_the_doctor_is_first(command, environment, folder, cwd=REPOSITORY)
     (folder / "python").chmod(0o755)
     for found, wanted in (("2", ["demetar.doctor"]), ("0", ["demetar.doctor", "demetar."])):
         (folder / "started").write_text("")
-        done = subprocess.run(command, env=environment | {"FOUND": found}, cwd=cwd)
+        more = {"FOUND": found, "JAX_PROCESS_ID": "0", "SKYPILOT_NODE_RANK": "0"}
+        done = subprocess.run(command, env=environment | more, cwd=cwd)
         started = (folder / "started").read_text().split()
         assert done.returncode == int(found) and len(started) == len(wanted)
         assert all(map(str.startswith, started, wanted))
@@ -225,7 +226,9 @@ def check_that_the_doctor_is_first(command, environment, folder, cwd=REPOSITORY)
 def test_jobset_liveness_is_the_heartbeat(manifest, tmp_path):
     """The probe, run on a workdir whose process writes, and on one where it has stopped."""
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    probe = job["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"]
+    container = job["template"]["spec"]["containers"][0]
+    probe = container["livenessProbe"]["exec"]["command"]
+    assert probe == container["startupProbe"]["exec"]["command"]
     command = [word.replace("/runs/first-run", str(tmp_path)) for word in probe]
     file = tmp_path / "processes" / "3.json"
     file.parent.mkdir()
@@ -271,10 +274,11 @@ def test_the_doctor_looks_at_a_tpu_host_first(cluster, tmp_path):
     folder, environment = cluster
     stand_in(folder, "gcloud", "")
     run([LAUNCH / "tpu_vm.sh", "pod", "zone", *FLAGS], environment | {"DOCTOR": "1"})
-    remote = calls(folder, "gcloud")[0][7].removeprefix("--command=")
-    (tmp_path / "demetar" / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "demetar" / ".venv" / "bin" / "activate").touch()
-    check_that_the_doctor_is_first(["bash", "-c", remote], environment, folder, tmp_path)
+    first, second = (call[7] for call in calls(folder, "gcloud"))
+    assert f"python -m demetar.doctor {' '.join(FLAGS[:1])}" in first and "demetar.main" in second
+    stand_in(folder, "gcloud", "exit 2")
+    run([LAUNCH / "tpu_vm.sh", "pod", "zone", *FLAGS], environment | {"DOCTOR": "1"}, 2)
+    assert len(calls(folder, "gcloud")) == 3
 
 
 def test_the_doctor_looks_at_one_host_first(cluster):
@@ -286,7 +290,9 @@ def test_the_doctor_looks_at_one_host_first(cluster):
 def test_skypilot(cluster, tmp_path):
     folder, environment = cluster
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 76]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [
+        75, 76, 134, 137, 139, 142
+    ]  # fmt: skip
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     stand_in(folder, "recorder", f"env >{folder}/env")

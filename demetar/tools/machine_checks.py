@@ -28,6 +28,7 @@ from demetar.training.provenance import packages
 _SCHEDULERS = ("SLURM_", "OMPI_COMM_WORLD_", "JAX_", "JOB_COMPLETION_INDEX", "KUBERNETES_SERVICE_")
 _SCHEDULERS += ("TPU_", "CUDA_VISIBLE_DEVICES", "XLA_FLAGS", "NCCL_")
 _SHOWN = 12  # variables
+_LOOKUP_SECONDS = 60
 _RENAMES = 200
 _OPEN_FILES = 1024  # of one process: a save and the data open tens, each process of a job a few
 _SHARED = 32 << 20  # bytes of /dev/shm that are free: worker processes talk through it
@@ -108,13 +109,26 @@ def scheduler(given: tuple, environ: Mapping[str, str] = os.environ) -> tuple[in
         findings = [warning("scheduler", text, remedy)]
     if here.coordinator:
         host = here.coordinator.rpartition(":")[0]
-        try:
-            socket.getaddrinfo(host, None)
-        except OSError as error:
+        # A pod has a name some seconds after it starts.
+        patience = _LOOKUP_SECONDS if "KUBERNETES_SERVICE_HOST" in environ else 0
+        if (error := _cannot_find(host, patience)) is not None:
             text = f"the coordinator's host {host!r} cannot be looked up: {error}"
             remedy = "Give a name or an address that this machine knows."
             findings.append(problem("scheduler", text, remedy))
     return here.count or 1, findings
+
+
+def _cannot_find(host: str, patience: float) -> OSError | None:
+    """Why a host has no address, after so many seconds; None if it has one."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return None
+        except OSError as error:
+            if time.monotonic() > until:
+                return error
+        time.sleep(1)
 
 
 def devices(config=None) -> Iterator[Finding]:
