@@ -8,7 +8,7 @@ have nothing to do with each other, one core and half of the batch each: what th
 cores could give at best. Molecules a second are the median over the progress lines of the second
 half of the steps, when all is compiled. Two cores are needed.
 
-Saving: the state of `configs/qm9.py` (9.8 million parameters), real steps of a small batch. How
+Saving: the state of `configs/qm9.py` (10 million parameters), real steps of a small batch. How
 long the loop stands still for a save, and how much longer the same steps take beside one.
 """
 

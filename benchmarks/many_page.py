@@ -84,7 +84,7 @@ def _table_runs() -> list[str]:
                 f"{found['test']['median']:.1e}",
                 f"{found['validation_mse']:.5f}",
                 f"{found['systems_per_second']:,.0f}",
-                f"{found['train_seconds'] / 60:.0f}",
+                f"{found['steps'] * found['batch_size'] / found['systems_per_second'] / 60:.0f}",
             ]
         lines.append(_line(f"`{row.name}`", *cells))
     return lines

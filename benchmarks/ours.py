@@ -20,6 +20,7 @@ from data_pipelines.registry import load_dataset
 from demetar.training import runtime
 from demetar.training.evaluator import Evaluator
 from demetar.training.experiment import build_experiment
+from demetar.training.provenance import git_commit
 from demetar.training.trainer import Trainer
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -34,7 +35,7 @@ def load_qm9(edges: str, edge_cutoff: float = 3.0) -> Dataset:
 
 def keep(result: dict, file: pathlib.Path | None) -> None:
     """Prints a result, and writes it where the command was asked to."""
-    text = json_text(result, indent=1)
+    text = json_text({"git_commit": git_commit()} | result, indent=1)
     print(text)
     if file:
         file.write_text(text + "\n")

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipelines.json_text import json_text
 from demetar.records.files import read_jsonl
+from demetar.training.provenance import git_commit
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -102,6 +103,7 @@ class Study:
     def keep(self, name: str, content: dict) -> None:
         """Writes the numbers of one row, or of what is no run."""
         self.results.mkdir(parents=True, exist_ok=True)
+        content = {"git_commit": git_commit()} | content
         (self.results / f"{name}.json").write_text(json_text(content, indent=1) + "\n")
 
     def read(self, name: str) -> dict | None:

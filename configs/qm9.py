@@ -8,7 +8,7 @@
     demetar train --config=qm9:egnn         the baseline, as published
     demetar train --config=qm9:et,quick     another published system, small: one row of _SYSTEMS
     demetar train --config=qm9:wide         8 layers of 256, bonds as edges
-    demetar train --config=qm9:large        156 million parameters, see launch/
+    demetar train --config=qm9:large        157 million parameters, see launch/
 
 In a checkout `--config=configs/qm9.py:quick` names the same file. Variants combine: `:quick,gap`,
 `:egnn,lumo`, `:large,smoke`. This file says what differs from the defaults in
