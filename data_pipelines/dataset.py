@@ -12,6 +12,7 @@ from data_pipelines.elements import check_elements
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target, check_labels
 
+_OF_A_BUCKET = 250  # graphs, at least
 PARTS = ("train", "validation", "test")
 
 
@@ -113,4 +114,5 @@ def make_buckets(arrays: GraphArrays, limits) -> tuple[Bucket, ...]:
     """Of `config.data.buckets`: these node limits or, if empty, the best for the data."""
     if limits:
         return buckets_with_limits(arrays.sizes, limits)
-    return choose_buckets(arrays.sizes, MAX_BUCKETS)
+    # Each has to fill batches, and takes its time to compile.
+    return choose_buckets(arrays.sizes, max(1, min(MAX_BUCKETS, len(arrays.index) // _OF_A_BUCKET)))

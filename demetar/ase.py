@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from ase.calculators.calculator import Calculator as AseCalculator
-from ase.calculators.calculator import all_changes, all_properties
+from ase.calculators.calculator import PropertyNotImplementedError, all_changes, all_properties
 
 from data_pipelines import batching
 from data_pipelines.errors import UserError, check_known
@@ -66,6 +66,16 @@ class Calculator(AseCalculator):
         self._frozen: dict[int, tuple[weakref.ref, tuple, Molecule]] = {}
         self._info: tuple | None = None
         self._gradients: dict[Any, Any] = {}
+
+    def get_property(self, name, atoms=None, allow_calculation=True):
+        """Of ASE; says what to do where there is no energy."""
+        if name in ("energy", "free_energy", "forces") and not self.energy:
+            names = ", ".join(target.name for target in self.model.targets)
+            raise PropertyNotImplementedError(
+                f"Which target is the energy of the system? Name it: Calculator(model, "
+                f"energy=...). Targets of {self.model.name}: {names}."
+            )
+        return super().get_property(name, atoms, allow_calculation)
 
     def check_state(self, atoms, tol: float = 1e-15) -> list[str]:
         """What differs from the last call: ASE's list, and "info" for what `info` says."""

@@ -1,32 +1,38 @@
 """Repeats the evaluation of a run or of a model that ships, or scores a model on a file.
 
-    demetar evaluate --workdir=DIR [--split=test]
-    demetar evaluate --pretrained=NAME [--split=test]
+    demetar evaluate --workdir=DIR [--split=test] [--out=FILE.csv]
+    demetar evaluate --pretrained=NAME [--split=test] [--out=FILE.csv]
     demetar evaluate FILE --model=MODEL --target=homo:eV [--target=...]
 
 Reads the saved config and the best weights, as data: no config file is executed. Prints JSON; of
-the first two with the same keys as `result.json`. FILE is one that `demetar predict` takes; the
+the first two with the same keys as `result.json`. `--out` takes a line for each graph of the part:
+its number, the labels and the predictions. FILE is one that `demetar predict` takes; the
 truth is in its column that is called as the target.
 """
 
+import csv
 import pathlib
 import sys
 
+import numpy as np
+
 from data_pipelines.dataset import PARTS
+from data_pipelines.elements import composition
 from data_pipelines.errors import UserError
 from data_pipelines.json_text import json_text
+from data_pipelines.molecules import references
 from demetar.config import command_line, stored
 from demetar.exits import EXIT_DONE, exits_cleanly
 from demetar.inference import package
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
-from demetar.training.evaluator import Evaluator
+from demetar.training.evaluator import Evaluator, Outcome
 from demetar.training.experiment import build_experiment
 from demetar.training.result import result_of
 
 
-def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
-    """Errors of the best weights of the run in `workdir` on `split`."""
+def evaluate_run(workdir: pathlib.Path, split: str, out: str = "") -> dict:
+    """Errors of the best weights of the run in `workdir` on `split`; `out`: see `_write_table`."""
     file = workdir / "config.json"
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
@@ -36,10 +42,12 @@ def evaluate_run(workdir: pathlib.Path, split: str) -> dict:
     experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
     step, params, _ = read_best(workdir)  # reads only: the run may be under way
-    return result_of(Evaluator(experiment).run(params, split), split, step, saved)
+    outcome = Evaluator(experiment).run(params, split)
+    _write_table(outcome, out)
+    return result_of(outcome, split, step, saved)
 
 
-def evaluate_pretrained(name: str, split: str) -> dict:
+def evaluate_pretrained(name: str, split: str, out: str = "") -> dict:
     """Errors of a model that ships, on data prepared here; with what was published beside.
 
     `same_data` says whether the numbers are the published ones too: chaotic systems differ
@@ -59,12 +67,43 @@ def evaluate_pretrained(name: str, split: str) -> dict:
             + "\nUse the version of demetar that it came with."
         )
     outcome = Evaluator(experiment).run(model.params, split)
+    _write_table(outcome, out)
     result = result_of(outcome, split, model.card["result"]["step"], experiment.identity)
     return result | {
         "pretrained": name,
         "published": model.card["result"],
         "same_data": same_data,
     }
+
+
+def _write_table(outcome: Outcome, out: str) -> None:
+    """CSV: of each graph `index`, and of each target its label and `NAME_pred`, as its source has it.
+
+    Args:
+      outcome: of an evaluation.
+      out: file; "": none is written.
+    """
+    if not out:
+        return
+    dataset, graphs = outcome.dataset, outcome.graphs
+    columns = {"index": dataset.arrays.index[graphs]}
+    for target in outcome.targets:
+        if target.per_node:
+            raise UserError(
+                f"--out: {target.name} has values of each node, and lines are of graphs."
+            )
+        added = 0.0
+        if reference := dataset.references.get(target.name):
+            elements = tuple(reference)
+            counts = composition(dataset.arrays.atomic_number, dataset.arrays.node_offset, elements)
+            added = references.total(reference, counts, elements)[graphs]
+        columns[target.name] = outcome.labels(target) + added
+        columns[f"{target.name}_pred"] = outcome.predictions[target.name] + added
+    with open(out, "w", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(columns)
+        blank = lambda value: "" if np.isnan(value) else value
+        table.writerows(map(blank, row) for row in zip(*columns.values(), strict=True))
 
 
 def _score(options) -> dict:
@@ -91,21 +130,24 @@ def main(arguments: list[str]) -> int:
         "--target", action="append", default=[], metavar="NAME:UNIT", help="column of FILE"
     )
     parser.add_argument("--smiles", default="", metavar="COLUMN", help="of FILE, of the SMILES")
+    parser.add_argument("--out", default="", metavar="FILE", help="CSV of labels and predictions")
     parser.add_argument("--split", choices=PARTS, help="the part of the data; default: test")
     options = command_line.parse(parser, arguments)
     if bool(options.file) != bool(options.model):
         raise UserError("A FILE is scored with --model=MODEL: give both, or neither.")
     if options.model and options.split:
         raise UserError("--split is of a run's data, and a FILE is scored whole: leave it out.")
+    if options.model and options.out:
+        raise UserError("--out is of a run's data: `demetar predict` writes the rows of a FILE.")
     if not options.model and (options.target or options.smiles):
         raise UserError("--target and --smiles are columns of a FILE: give it, with --model.")
     split = options.split or "test"
     if options.model:
         found = _score(options)
     elif options.pretrained:
-        found = evaluate_pretrained(options.pretrained, split)
+        found = evaluate_pretrained(options.pretrained, split, options.out)
     else:
-        found = evaluate_run(pathlib.Path(options.workdir), split)
+        found = evaluate_run(pathlib.Path(options.workdir), split, options.out)
     print(json_text(found, indent=1))
     return EXIT_DONE
 

@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import sys
+import warnings
 
 from data_pipelines.errors import UserError, machine_fault
 
@@ -55,6 +56,8 @@ def exits_cleanly(main):
     @functools.wraps(main)
     def wrapped(argv):
         _outlive_readers()
+        # For a person: without the place in our code.
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         try:
             return main(argv)
         except UserError as error:

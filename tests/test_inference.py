@@ -635,7 +635,7 @@ def test_what_a_calculator_refuses(calculator, model):
     atoms.calc = silent
     silent.calculate(atoms)
     assert set(silent.results) == set(TARGETS)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match=r"Calculator\(model, energy="):
         atoms.get_forces()
     atoms.pbc = True
     with pytest.raises(UserError, match=r"set atoms\.pbc = False"):

@@ -1,5 +1,6 @@
 """Normalisation, losses and metrics: by hand, over padding, with labels that are missing."""
 
+import csv
 import dataclasses
 import types
 
@@ -15,6 +16,7 @@ from data_pipelines.dataset import Dataset, training_mean
 from data_pipelines.edges import StoredEdges
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target
+from demetar import evaluate
 from demetar.training.evaluator import Outcome
 from demetar.training.measures import MEASURES
 from demetar.training.objective import (
@@ -340,3 +342,24 @@ def test_a_trivial_predictor_is_measured_as_the_model():
     z = mean(graphs)["training_mean"]["gap"] / normalizations["gap"].scale
     expected = np.where(np.abs(z) < 1, z**2 / 2, np.abs(z) - 0.5).mean()
     assert found["targets"]["gap"]["huber_of_training_mean"] == pytest.approx(expected)
+
+
+def test_a_table_has_labels_and_predictions_as_the_source_has_them(tmp_path):
+    arrays = labelled_arrays(missing=[1])
+    dataset = dataset_of(arrays, (ENERGY, GAP), references={"energy": {1: -10.0}})
+    graphs = np.array([4, 1])
+    outcome = types.SimpleNamespace(
+        dataset=dataset,
+        graphs=graphs,
+        targets=(ENERGY, GAP),
+        labels=lambda target: dataset.labels_of(target, graphs),
+        predictions={"energy": np.zeros(2), "gap": np.ones(2)},
+    )
+    evaluate._write_table(outcome, str(tmp_path / "t.csv"))
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    sizes = arrays.sizes.num_nodes[graphs]
+    assert [row["index"] for row in rows] == ["5", "2"] and rows[1]["gap"] == ""
+    assert [float(row["energy_pred"]) for row in rows] == (-10.0 * sizes).tolist()
+    energy = arrays.graph_labels["energy"][graphs] - 10 * sizes
+    np.testing.assert_allclose([float(row["energy"]) for row in rows], energy)

@@ -194,6 +194,17 @@ def test_a_row_that_is_refused_may_have_any_label_and_the_first_may_lack_one(
     assert np.isnan(labels).tolist() == [True] + [False] * 11
 
 
+def test_an_element_that_training_lacks_is_refused(molecules, tmp_path, here):
+    """Its numbers would be those of an embedding that nothing has changed."""
+    atoms = atoms_of(molecules[:12])
+    atoms[7].numbers[0] = 15
+    for k, one in enumerate(atoms):
+        one.info["part"] = ("test", "validation")[k % 2] if k > 6 else "train"
+    ase.io.write(tmp_path / "mine.extxyz", atoms)
+    with pytest.raises(UserError, match="Row 8 is of the validation part and has P"):
+        load(tmp_path / "mine.extxyz", tmp_path, split="column", split_column="part")
+
+
 def test_a_unit_changes_nothing_that_is_learned(molecules, tmp_path, here):
     standardized = []
     for unit, factor in (("hartree", 1.0), ("eV", HARTREE_IN_MEV / 1_000)):
@@ -267,6 +278,8 @@ def test_other_elements_and_charges(tmp_path, here):
         ({"targets": ("home:eV",)}, "no column 'home'. Did you mean 'homo'"),
         ({"targets": ("homo:evv",)}, "evv"),
         ({"targets": ("homo",)}, "unit"),
+        ({"targets": ("homo:eV", "homo:meV")}, "names 'homo' twice"),
+        ({"split": "file"}, "split_file"),
         ({"path": "nowhere.csv"}, "no file nowhere.csv"),
         ({"validation_path": "x.csv"}, "give both"),
         ({"extensive": ("U0",)}, "'U0', which is no target"),

@@ -173,6 +173,12 @@ def test_a_mistake_ends_with_2_before_anything_runs(main, arguments, message, mo
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_gpus_that_are_not_there_are_not_replaced(monkeypatch):
+    monkeypatch.setattr(local_job, "_GPUS", ("/nowhere/nvidia*",))
+    with pytest.raises(UserError, match="this machine has no GPU"):
+        local_job.run([], 2, gpus=True)
+
+
 @pytest.mark.parametrize(("set_to", "found"), [("3,1", "3"), ("", "0")])
 def test_a_job_of_one_process_takes_a_gpu_that_it_may_have(set_to, found, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", set_to)

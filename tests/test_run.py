@@ -1,6 +1,7 @@
 """Whole runs: killed, interrupted, damaged, refused, resumed. What is promised of processes is
 shown by real ones; what a message says, by the function that says it."""
 
+import csv
 import dataclasses
 import errno
 import json
@@ -149,16 +150,23 @@ def test_killed_interrupted_and_damaged_it_is_the_same_run(runner, finished, tmp
         assert result(tmp_path)[key] == result(finished)[key], key
 
 
-def evaluated(runner, workdir):
+def evaluated(runner, workdir, *flags):
     """What `demetar evaluate` prints of a run, in a process that has one device."""
-    return json.loads(runner.start(workdir, module="demetar.evaluate").communicate(timeout=200)[0])
+    process = runner.start(workdir, *flags, module="demetar.evaluate")
+    return json.loads(process.communicate(timeout=200)[0])
 
 
 def test_evaluate_repeats_the_result_from_the_folder_alone(runner, tmp_path):
     steps = ["--config.train.num_steps=12", "--config.train.eval_every=6"]
     runner.run(tmp_path, "--config.mesh.cpu_devices=1", *steps)
-    again, first = evaluated(runner, tmp_path), result(tmp_path)
+    table = tmp_path / "test.csv"
+    again, first = evaluated(runner, tmp_path, f"--out={table}"), result(tmp_path)
     assert again["targets"] == first["targets"] and again["count"] == first["count"]
+    with table.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    errors = [abs(float(row["homo"]) - float(row["homo_pred"])) for row in rows]
+    assert sum(errors) / first["count"] == pytest.approx(first["targets"]["homo"]["mae"])
+    assert len({row["index"] for row in rows}) == first["count"]
 
 
 def test_evaluate_needs_one_device_whatever_the_run_had(runner, finished, half):

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import PARTS, Dataset, make_buckets, training_mean
-from data_pipelines.edges import load_edges
+from data_pipelines.edges import load_edges, row_numbers
 from data_pipelines.elements import composition, symbols
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.molecules import preparation, readers, references
@@ -60,6 +60,7 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
     _check_charges(molecules, options)
     parts = _split(molecules, passport, options)
     elements = tuple(int(z) for z in np.unique(molecules.atomic_number))
+    _check_elements(molecules, parts)
     targets = tuple(_target(column, molecules, options) for column in columns)
     labels, found = _labels(molecules, targets, elements, parts, options)
     sizes = np.diff(molecules.node_offset)
@@ -110,6 +111,11 @@ def _checked(options: Options) -> Options:
             "config.data.targets is empty: name at least one column and its unit, e.g. "
             "--config.data.targets=\"('homo:eV',)\"."
         )
+    names = [parse_column(text).name for text in options.targets]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"config.data.targets names {repeated[0]!r} twice: once is enough.")
+    if options.split == "file" and not options.split_file:
+        raise UserError("config.data.split is 'file': name it in config.data.split_file.")
     if bool(options.validation_path) != bool(options.test_path):
         raise UserError(
             f"config.data.validation_path ({options.validation_path!r}) and config.data.test_path "
@@ -166,6 +172,29 @@ def _check_charges(molecules: OwnMolecules, options: Options) -> None:
             f"{molecules.number[odd][0]} is the first of {odd.sum()} that differ. Set "
             "config.data.charges to 'embed', so that the model is told, or leave them out."
         )
+
+
+def _check_elements(molecules: OwnMolecules, parts: Mapping[str, np.ndarray]) -> None:
+    """Refuses an element that no training molecule has: nothing would be learned of it."""
+    atoms = {part: _atoms_of(molecules, graphs) for part, graphs in parts.items()}
+    learned = np.unique(molecules.atomic_number[atoms["train"]])
+    for part in PARTS[1:]:
+        new = ~np.isin(molecules.atomic_number[atoms[part]], learned)
+        if new.any():
+            atom = atoms[part][new.argmax()]
+            graph = np.searchsorted(molecules.node_offset, atom, "right") - 1
+            raise UserError(
+                f"Row {molecules.number[graph]} is of the {part} part and has "
+                f"{symbols()[molecules.atomic_number[atom]]}, which no training molecule has, so "
+                "no number of it could be right. Leave such rows out, or put some into training "
+                "(config.data.split 'column' or 'file')."
+            )
+
+
+def _atoms_of(molecules: OwnMolecules, graphs: np.ndarray) -> np.ndarray:
+    """Numbers of the atoms of some molecules."""
+    start = molecules.node_offset[graphs]
+    return row_numbers(start, molecules.node_offset[graphs + 1] - start)
 
 
 def _target(column, molecules: OwnMolecules, options: Options) -> Target:

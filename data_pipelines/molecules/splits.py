@@ -163,7 +163,7 @@ def _folds(order, size, fold: int, num_folds: int) -> np.ndarray:
 def _part_number(name, where: str) -> int:
     known = _NAMES.get(str(name).strip().lower())
     if known is None:
-        raise UserError(f"{where} names the part {name!r}: write {', '.join(PARTS)}.")
+        raise UserError(f"{where} names the part {str(name)!r}: write {', '.join(PARTS)}.")
     return PARTS.index(known)
 
 

@@ -82,6 +82,7 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
       workdir: for the message.
     """
     saved = saved | {"config": to_json(from_json(saved["config"]))}
+    saved, today = _without_names(saved), _without_names(today)
     differing = [line for key, line in differences(saved, today).items() if changes_numbers(key)]
     if differing:
         raise UserError(
@@ -89,6 +90,15 @@ def check_same_run(saved: dict, today: dict, workdir) -> None:
             + "\n".join(differing)
             + "\nUse another --workdir for the new config, or the old values to go on."
         )
+
+
+def _without_names(identity: dict) -> dict:
+    """Without the names of the files of the data, whose content is compared."""
+    sources = identity["passport"].get("sources")
+    if not sources:
+        return identity
+    content = [{k: v for k, v in source.items() if k != "name"} for source in sources]
+    return identity | {"passport": identity["passport"] | {"sources": content}}
 
 
 def changes_numbers(key: str) -> bool:

@@ -105,7 +105,11 @@ def read(where: str | pathlib.Path) -> Package:
         return _opened(name, SHIPPED / name, _of_folder(SHIPPED / name))
     if path.is_dir():
         if not (path / CARD).exists():
-            raise UserError(f"{path} is not the folder of a model: it has no {CARD}.")
+            run = (path / "checkpoints").is_dir()
+            how = (
+                f" It is a run: `demetar models save --workdir={path} --out=FOLDER`." if run else ""
+            )
+            raise UserError(f"{path} is not the folder of a model: it has no {CARD}.{how}")
         return _opened(path.name, path, _of_folder(path))
     if path.is_file():
         return _opened(path.stem, path, _of_zip(path))

@@ -37,6 +37,7 @@ def score_file(
         check_known(f"column of {path.name}:", column.name, known)
         if targets[column.name].per_node:
             raise UserError(f"{column.name} is a target of atoms: a file has no column of it.")
+        units.factor(column.unit, targets[column.name].unit)  # refused before any is predicted
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "predicted.csv"
         counts = predict_file(Prediction(model, path, out, smiles), Place("one process"))

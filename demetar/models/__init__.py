@@ -105,7 +105,8 @@ def _with_readouts(name: str, targets: tuple[Target, ...], readout: str) -> tupl
         if wanted not in known or READOUTS[wanted] != READOUTS[target.readout]:
             raise UserError(
                 f"Model {name!r} (read-outs: {', '.join(known)}) cannot give read-out {wanted!r} "
-                f"for target {target.name!r}, whose own is {target.readout!r}."
+                f"for target {target.name!r}, whose own is {target.readout!r}. Choose one by "
+                "config.model.readout, or another model."
             )
         chosen.append(dataclasses.replace(target, readout=wanted))
     return tuple(chosen)

@@ -1,6 +1,7 @@
 """Several processes of one job on this machine: started, watched over, ended."""
 
 import collections
+import glob
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from data_pipelines.cores import usable_cores
+from data_pipelines.errors import UserError
 from demetar.exits import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -20,6 +22,7 @@ from demetar.exits import (
     EXIT_USER_ERROR,
 )
 
+_GPUS = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD, and inside of Windows
 _TAIL = 30
 # The first of these that any process ended with is the job's; a signal counts as lost.
 _WEIGHT = (EXIT_NO_PROGRESS, EXIT_USER_ERROR, EXIT_FAILED, EXIT_LOST, EXIT_PREEMPTED, EXIT_DONE)
@@ -121,6 +124,8 @@ def run(arguments: list[str], count: int, *, gpus: bool = False, restarts: int =
     Returns:
       The exit code of the last job.
     """
+    if gpus:
+        _check_gpus()
     asked_to_stop, jobs = [], []
 
     def forward(number, frame):
@@ -143,6 +148,12 @@ def run(arguments: list[str], count: int, *, gpus: bool = False, restarts: int =
             print(f"--- process {job.first_to_fail} was the first to end, with:", file=sys.stderr)
             print(job.tail(job.first_to_fail), file=sys.stderr)
         return code
+
+
+def _check_gpus() -> None:
+    """A `UserError` where the system has no device of a GPU: JAX would train on the CPU."""
+    if not any(glob.glob(name) for name in _GPUS):
+        raise UserError("--gpus: this machine has no GPU that the system knows: take --cpu=N.")
 
 
 def _start(

@@ -61,7 +61,7 @@ MEASURES = {
 
 def value_text(target: Target, value: float) -> str:
     """`homo 103.8 meV`, for a person."""
-    unit = MEASURES[target.metric].unit(target.unit)
+    unit = "" if target.unit == "1" else MEASURES[target.metric].unit(target.unit)
     return f"{target.name} {value:.4g} {unit}".rstrip()
 
 
