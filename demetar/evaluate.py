@@ -77,7 +77,7 @@ def evaluate_pretrained(name: str, split: str, out: str = "") -> dict:
 
 
 def _write_table(outcome: Outcome, out: str) -> None:
-    """CSV: of each graph `index`, and of each target its label and `NAME_pred`, as its source has it.
+    """CSV: of each graph `index`, and of each target label and `NAME_pred`, as the source has them.
 
     Args:
       outcome: of an evaluation.
