@@ -69,7 +69,8 @@ def test_atoms_in_another_order_than_their_smiles_are_seen():
         assert (made.bonds_from == "smiles") == (order == sorted(order))
 
 
-def test_a_long_smiles_is_a_row_and_not_a_name_of_a_file(tmp_path, capsys):
+def test_a_long_smiles_is_a_row_and_not_a_name_of_a_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("demetar.training.runtime.configure_for_prediction", lambda: None)
     smiles = "C" * 300 + "("
     assert predict.main([smiles, "--model=qm9-homo"]) == 3
     assert "bad_smiles" in capsys.readouterr().out

@@ -99,14 +99,16 @@ def test_models_of_many_particles_are_near_on_official_systems(name):
     """Nine systems of the official generator, from frame 30 to 40; a few pairs meet."""
     card = package.read(name).card
     protocol = card["passport"]["protocol"]
-    golden = np.load(REPOSITORY / f"tests/golden/many/glad_charged_{protocol['num_particles']}.npz")
+    charges = protocol["interaction"] == "charged"
+    kind = "glad_charged" if charges else "segnn_gravity"
+    golden = np.load(REPOSITORY / f"tests/golden/many/{kind}_{protocol['num_particles']}.npz")
     of_all = lambda key: np.concatenate([golden[f"{p}_{key}"] for p in ("train", "valid", "test")])
     x = of_all("x_f30")
-    moved = demetar.load_pretrained(name)(
-        position=x, velocity=of_all("v_f30"), charge=of_all("charge").reshape(x.shape[:2])
-    )
+    charge = of_all("charge").reshape(x.shape[:2]) if charges else np.ones(x.shape[:2])
+    moved = demetar.load_pretrained(name)(position=x, velocity=of_all("v_f30"), charge=charge)
     error = np.square(moved - of_all("x_f40")).mean(axis=(1, 2))
-    assert np.median(error) < 2 * card["result"]["targets"]["position"]["mse"] < 0.01
+    good = 0.01 if charges else 0.02
+    assert np.median(error) < 2 * card["result"]["targets"]["position"]["mse"] < good
 
 
 def test_gravity_has_found_the_law_of_its_simulator():

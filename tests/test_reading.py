@@ -82,6 +82,7 @@ def test_readers_work_where_nothing_can_be_written(runner, read_only, tmp_path):
             finish(process)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_read_all_the_time_is_the_same_run(runner, tmp_path):
     """Saved at each second step, and looked at from all sides until it ends."""
     more = ["--config.train.num_steps=150", "--config.checkpoint.every_steps=2"]
