@@ -28,6 +28,9 @@ from data_pipelines.molecules.readers import FORMATS
 from demetar.config import command_line
 from demetar.exits import EXIT_DONE, EXIT_NOTHING, exits_cleanly
 
+# Of what is meant as a file, though none of these is read.
+_OTHER_FILES = (".smi", ".smiles", ".mol", ".mol2", ".pdb", ".txt", ".xlsx", ".json")
+
 
 @exits_cleanly
 def main(arguments: list[str]) -> int:
@@ -113,6 +116,8 @@ def run(options: argparse.Namespace, embeddings: bool) -> int:
 def _input_and_output(options, folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     """The file to read, made of the SMILES if such were given, and the file to write."""
     first = options.molecules[0]
+    if first.lower().endswith(_OTHER_FILES) and not _exists(first):
+        raise UserError(f"{first} is no SMILES, and there is no such file.")
     if not (first.lower().endswith(tuple(FORMATS)) or _exists(first)):
         path = folder / "smiles.csv"
         with path.open("w", newline="") as stream:

@@ -399,6 +399,7 @@ def test_no_prediction_at_all_and_a_stop_at_the_first(saved, tmp_path, quietly, 
     [
         (["mine.csv"], "--out is missing"),
         (["absent.csv", "--out=o.csv"], "There is no file absent.csv"),
+        (["absent.smi", "--out=o.csv"], "no SMILES, and there is no such file"),
         (["mine.csv", "--out=o.docx"], "must end in one of"),
         (["taken.csv", "--out=o.csv"], "column 'homo_pred' already"),
         (["mine.csv", "--out=mine.csv"], "is the input"),

@@ -39,6 +39,7 @@ DEFAULTS = {
     "edges": "bonds",  # bonds | cutoff (all pairs within edge_cutoff, and bonds) | complete
     "edge_cutoff": 3.0,  # angstrom, for cutoff
 }
+_SHOWN = 5  # rows
 _FEW = 20  # molecules with an element; fewer teach a model little about it
 
 
@@ -154,12 +155,12 @@ def _check_refused(passport: dict, options: Options) -> None:
     if refused > options.max_failed * rows:
         first = "; ".join(
             f"{passport['sources'][file]['name']} row {number}: {message}"
-            for file, number, message in passport["refused_rows"][:5]
+            for file, number, message in passport["refused_rows"][:_SHOWN]
         )
         raise UserError(
             f"{refused} of {rows} rows have no molecule, more than config.data.max_failed "
-            f"({options.max_failed:g}) allows. {first}. `demetar check` lists all of them; correct "
-            "or remove these rows, or raise config.data.max_failed."
+            f"({options.max_failed:g}) allows. {first}. Correct or remove these rows, or raise "
+            "config.data.max_failed."
         )
 
 
@@ -278,6 +279,8 @@ def _about(
     }
     if passport["refused"]:
         lines["refused"] = ", ".join(f"{s}: {n}" for s, n in sorted(passport["refused"].items()))
+        rows = ", ".join(str(number) for _, number, _ in passport["refused_rows"][:_SHOWN])
+        lines["refused"] += f"; the first are rows {rows}"
     train = parts["train"]
     atoms = np.concatenate(
         [
