@@ -12,7 +12,7 @@ from data_pipelines.elements import check_elements
 from data_pipelines.errors import UserError
 from data_pipelines.targets import Target, check_labels
 
-_OF_A_BUCKET = 250  # graphs, at least
+_OF_A_BUCKET = 80  # graphs, at least
 PARTS = ("train", "validation", "test")
 
 

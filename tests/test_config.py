@@ -170,14 +170,6 @@ def test_config_files_import_nothing_of_the_project(file):
     assert [n.module for n in imports] == ["ml_collections"]
 
 
-def test_the_last_of_several_flags_counts():
-    """Also of a tuple, to which the library would add."""
-    parser = command_line.make_parser("train", "about")
-    flags = [f"--config.data.targets=('{name}',)" for name in ("gap", "lumo")]
-    _, config = command_line.parse_with_config(parser, ["--config=qm9:smoke", *flags])
-    assert config.data.targets == ("lumo",)
-
-
 def test_a_run_goes_on_where_its_file_has_another_name():
     config = stored.to_json(load_config("qm9:smoke"))
     of = lambda name, digest: {

@@ -321,6 +321,7 @@ def test_skypilot(cluster, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_local_starts_again_after_losing_a_process(cluster, runner, tmp_path):
     _, environment = cluster
     flags = [f"--workdir={tmp_path}/run", *runner.flags("nbody.py:smoke,linear"), *LONG]

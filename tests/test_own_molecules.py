@@ -149,7 +149,8 @@ def test_labels_that_are_missing_weigh_nothing(molecules, tmp_path, here):
 def test_blank_cells_are_groups_of_their_own_and_in_no_part(molecules, tmp_path, here):
     """As a file has them: readers give None for a blank cell."""
     groups = {m.index: "one" if k < 6 else "" for k, m in enumerate(molecules)}
-    parts = {m.index: ("train", "validation", "test", "")[k % 4] for k, m in enumerate(molecules)}
+    names = ["train"] * 45 + ["validation", "test", ""] * 5
+    parts = {m.index: name for m, name in zip(molecules, names, strict=True)}
     rows = rows_of(molecules, group=lambda m: groups[m.index], part=lambda m: parts[m.index])
     path, made = write_csv(tmp_path / "mine.csv", rows), {"geometry": "etkdg", "max_failed": 1.0}
     grouped = load(path, tmp_path, group="group", **made)
@@ -157,7 +158,8 @@ def test_blank_cells_are_groups_of_their_own_and_in_no_part(molecules, tmp_path,
     place = {g: part for part, graphs in grouped.split.items() for g in graphs.tolist()}
     assert len({place[g] for g in range(6)}) == 1
     divided = load(path, tmp_path, split="column", split_column="part", **made)
-    assert {part: len(graphs) for part, graphs in divided.split.items()} == dict.fromkeys(PARTS, 15)
+    sizes = {part: len(graphs) for part, graphs in divided.split.items()}
+    assert sizes == {"train": 45, "validation": 5, "test": 5}
 
 
 def test_files_of_three_parts_say_what_they_share(molecules, tmp_path, here):
@@ -203,6 +205,10 @@ def test_an_element_that_training_lacks_is_refused(molecules, tmp_path, here):
     ase.io.write(tmp_path / "mine.extxyz", atoms)
     with pytest.raises(UserError, match="Row 8 is of the validation part and has P"):
         load(tmp_path / "mine.extxyz", tmp_path, split="column", split_column="part")
+    for seed in range(5):  # a split that is made here gives training a row with each
+        made = {"split_seed": seed, "fractions": (0.5, 0.25, 0.25)}
+        split = load(tmp_path / "mine.extxyz", tmp_path, **made).split
+        assert 7 in split["train"] and len(split["train"]) <= 9
 
 
 def test_a_unit_changes_nothing_that_is_learned(molecules, tmp_path, here):

@@ -64,6 +64,7 @@ def finish(process):
     return out
 
 
+@pytest.mark.slow
 def test_readers_leave_a_finished_run_as_it_is(runner, workdir, tmp_path):
     before = snapshot(workdir)
     said = {

@@ -336,6 +336,7 @@ def test_a_loop_does_not_count_its_body_twice():
     assert trace.self_times(events) == {"while": 50, "dot": 35, "add": 20}
 
 
+@pytest.mark.slow
 def test_profile_prints_a_table_and_keeps_a_trace(runner, tmp_path):
     said = runner.run(
         None,

@@ -219,6 +219,8 @@ def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[st
         if options.group:
             check_together(molecules.source, molecules.group)
         return {part: np.flatnonzero(molecules.source == k) for k, part in enumerate(PARTS)}
+    present = np.unique(molecules.atomic_number)
+    counts_GxZ = composition(molecules.atomic_number, molecules.node_offset, present)
     column = None
     if options.split == "column":
         column = np.array(passport["parts"])[molecules.part]
@@ -235,6 +237,7 @@ def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[st
         seed=options.split_seed,
         numbers=molecules.number,
         num_rows=passport["molecules"] + sum(passport["refused"].values()),
+        elements=counts_GxZ > 0,
     )
 
 

@@ -37,6 +37,7 @@ def make_split(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     num_rows: int = 0,
+    elements: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Positions of the rows of each of `PARTS`, int64, ascending.
 
@@ -55,6 +56,8 @@ def make_split(
       seed: of the shuffle, for `random`, `scaffold` and `kfold`.
       numbers: [n] which row of the file each is, from 1, if some were refused.
       num_rows: of the file, those that were refused included; 0: none were.
+      elements: [n, Z] which elements each row has; for `random` and `scaffold`, where training gets
+        rows with each of them.
 
     Raises:
       UserError: a part would be empty; a column or file puts equal rows into two parts.
@@ -77,6 +80,8 @@ def make_split(
             part = _folds(order, size, fold, num_folds)[cluster]
         else:
             part = _fill(order, size, fractions, large_first=kind == "scaffold")[cluster]
+            if elements is not None:
+                _teach(part, elements, cluster, order)
     split = {name: np.flatnonzero(part == k) for k, name in enumerate(PARTS)}
     for name, rows in split.items():
         if not len(rows):
@@ -140,6 +145,14 @@ def _fill(order, size, fractions, large_first: bool) -> np.ndarray:
         room[chosen] -= n
         part[cluster] = chosen
     return part
+
+
+def _teach(part, elements, cluster, order) -> None:
+    """Moves the first cluster with an element that training lacks into it; changes `part`."""
+    for has_n in elements.T:
+        if not has_n[part == 0].any():
+            first = next(c for c in order.tolist() if has_n[cluster == c].any())
+            part[cluster == first] = 0
 
 
 def _folds(order, size, fold: int, num_folds: int) -> np.ndarray:

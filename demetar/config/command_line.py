@@ -225,7 +225,7 @@ def _parse_override(config: ml_collections.ConfigDict, path: str, tokens: list[s
     """Sets one key to what its flags say, in the type that it has."""
     defaults.check_key(path, config)
     before = _get(config, path)
-    argv = ["demetar", tokens[-1]]  # the last one counts; of a tuple, several would be joined
+    argv = ["demetar", *tokens]
     flag_values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
