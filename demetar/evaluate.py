@@ -27,12 +27,12 @@ from demetar.inference import package
 from demetar.training import runtime
 from demetar.training.checkpoints import read_best
 from demetar.training.evaluator import Evaluator, Outcome
-from demetar.training.experiment import build_experiment
+from demetar.training.experiment import Experiment, build_experiment
 from demetar.training.result import result_of
 
 
 def evaluate_run(workdir: pathlib.Path, split: str, out: str = "") -> dict:
-    """Errors of the best weights of the run in `workdir` on `split`; `out`: see `_write_table`."""
+    """Errors of the best weights of the run in `workdir` on `split`; `out`: see `_evaluated`."""
     file = workdir / "config.json"
     if not file.exists():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json.")
@@ -42,9 +42,7 @@ def evaluate_run(workdir: pathlib.Path, split: str, out: str = "") -> dict:
     experiment = build_experiment(config)
     stored.check_same_run(saved, experiment.identity, workdir)
     step, params, _ = read_best(workdir)  # reads only: the run may be under way
-    outcome = Evaluator(experiment).run(params, split)
-    _write_table(outcome, out)
-    return result_of(outcome, split, step, saved)
+    return result_of(_evaluated(experiment, params, split, out), split, step, saved)
 
 
 def evaluate_pretrained(name: str, split: str, out: str = "") -> dict:
@@ -66,8 +64,7 @@ def evaluate_pretrained(name: str, split: str, out: str = "") -> dict:
             + "\n".join(changed.values())
             + "\nUse the version of demetar that it came with."
         )
-    outcome = Evaluator(experiment).run(model.params, split)
-    _write_table(outcome, out)
+    outcome = _evaluated(experiment, model.params, split, out)
     result = result_of(outcome, split, model.card["result"]["step"], experiment.identity)
     return result | {
         "pretrained": name,
@@ -76,22 +73,27 @@ def evaluate_pretrained(name: str, split: str, out: str = "") -> dict:
     }
 
 
+def _evaluated(experiment: Experiment, params, split: str, out: str) -> Outcome:
+    """The outcome on a part; its table in the file `out`, if that is not ""."""
+    of_nodes = [target.name for target in experiment.objective.targets if target.per_node]
+    if out and of_nodes:
+        raise UserError(f"--out: {of_nodes[0]} has values of each node, and lines are of graphs.")
+    outcome = Evaluator(experiment).run(params, split)
+    if out:
+        _write_table(outcome, out)
+    return outcome
+
+
 def _write_table(outcome: Outcome, out: str) -> None:
     """CSV: of each graph `index`, and of each target label and `NAME_pred`, as the source has them.
 
     Args:
-      outcome: of an evaluation.
-      out: file; "": none is written.
+      outcome: of targets of graphs.
+      out: the file.
     """
-    if not out:
-        return
     dataset, graphs = outcome.dataset, outcome.graphs
     columns = {"index": dataset.arrays.index[graphs]}
     for target in outcome.targets:
-        if target.per_node:
-            raise UserError(
-                f"--out: {target.name} has values of each node, and lines are of graphs."
-            )
         added = 0.0
         if reference := dataset.references.get(target.name):
             elements = tuple(reference)

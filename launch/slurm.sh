@@ -33,7 +33,7 @@ if [ -n "${DOCTOR:-}" ]; then
 fi
 
 # From SLURM 22.05 on, srun does not take it from sbatch.
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 job=
 trap '[ -z "$job" ] || kill -USR1 "$job"' USR1 TERM
 # No --kill-on-bad-exit: it would kill processes that are saving, and hide the code 75 behind 137. They

@@ -363,3 +363,9 @@ def test_a_table_has_labels_and_predictions_as_the_source_has_them(tmp_path):
     assert [float(row["energy_pred"]) for row in rows] == (-10.0 * sizes).tolist()
     energy = arrays.graph_labels["energy"][graphs] - 10 * sizes
     np.testing.assert_allclose([float(row["energy"]) for row in rows], energy)
+
+
+def test_a_table_of_nodes_is_refused_before_anything_is_computed():
+    experiment = types.SimpleNamespace(objective=types.SimpleNamespace(targets=(GAP, CHARGE)))
+    with pytest.raises(UserError, match="--out: charge has values of each node"):
+        evaluate._evaluated(experiment, None, "test", "table.csv")

@@ -3,6 +3,7 @@
 import ase
 import ase.db
 import numpy as np
+import pyarrow.parquet
 import pytest
 from rdkit import Chem
 from rdkit.Chem import AllChem
@@ -13,7 +14,8 @@ from data_pipelines.errors import UserError
 from data_pipelines.molecules import writers
 from data_pipelines.molecules.making import chemistry
 from data_pipelines.molecules.making.make import make_molecule
-from data_pipelines.molecules.readers import content_sha256, parser, read_rows
+from data_pipelines.molecules.readers import content_sha256, parser, read_rows, tables
+from data_pipelines.molecules.readers.fields import Damaged
 from data_pipelines.molecules.readers.sdf import parse_sdf_block
 from data_pipelines.molecules.record import Molecule, Row
 from data_pipelines.molecules.splits import make_split
@@ -88,6 +90,22 @@ def test_a_table_depends_on_the_files_that_it_names(tmp_path):
     first = content_sha256(table)
     frame.write_text("1\n\nH 0 0 1\n")
     assert content_sha256(table) != first
+
+
+def test_a_table_that_is_damaged_or_names_nonsense_has_a_content_too(tmp_path):
+    """Its rows are refused one by one; to ask what it depends on raises nothing."""
+    names = [f"{k:032x}.xyz" for k in range(4_000)]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"xyz": names}), tmp_path / "t.parquet", compression="none"
+    )
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[8:40] = b"\xff" * 32  # the head of the first page; the footer is whole
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(Damaged):
+        list(tables.parquet_files(tmp_path / "t.parquet"))
+    (tmp_path / "t.csv").write_text("xyz,E\na\0b.xyz,1\n")
+    for name in ("t.parquet", "t.csv"):
+        assert len(content_sha256(tmp_path / name)) == 64
 
 
 def test_symbols_of_no_element_refuse_their_row_alone(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.batching import GraphArrays
 from data_pipelines.dataset import PARTS, Dataset, make_buckets, training_mean
-from data_pipelines.edges import load_edges, row_numbers
+from data_pipelines.edges import load_edges
 from data_pipelines.elements import composition, symbols
 from data_pipelines.errors import UserError, check_known, suggest
 from data_pipelines.molecules import preparation, readers, references
@@ -59,11 +59,12 @@ def load(*, cache_dir: str = "", buckets=(), **options) -> Dataset:
     molecules, passport = preparation.load(request, cache_dir)
     _check_refused(passport, options)
     _check_charges(molecules, options)
-    parts = _split(molecules, passport, options)
     elements = tuple(int(z) for z in np.unique(molecules.atomic_number))
-    _check_elements(molecules, parts)
+    counts_GxZ = composition(molecules.atomic_number, molecules.node_offset, elements)
+    parts = _split(molecules, counts_GxZ, passport, options)
+    _check_elements(molecules, counts_GxZ, elements, parts)
     targets = tuple(_target(column, molecules, options) for column in columns)
-    labels, found = _labels(molecules, targets, elements, parts, options)
+    labels, found = _labels(molecules, targets, counts_GxZ, elements, parts, options)
     sizes = np.diff(molecules.node_offset)
     arrays = GraphArrays(
         index=molecules.index,
@@ -175,27 +176,19 @@ def _check_charges(molecules: OwnMolecules, options: Options) -> None:
         )
 
 
-def _check_elements(molecules: OwnMolecules, parts: Mapping[str, np.ndarray]) -> None:
+def _check_elements(molecules: OwnMolecules, counts_GxZ, elements, parts) -> None:
     """Refuses an element that no training molecule has: nothing would be learned of it."""
-    atoms = {part: _atoms_of(molecules, graphs) for part, graphs in parts.items()}
-    learned = np.unique(molecules.atomic_number[atoms["train"]])
+    new_Z = ~(counts_GxZ[parts["train"]] > 0).any(axis=0)
     for part in PARTS[1:]:
-        new = ~np.isin(molecules.atomic_number[atoms[part]], learned)
-        if new.any():
-            atom = atoms[part][new.argmax()]
-            graph = np.searchsorted(molecules.node_offset, atom, "right") - 1
+        has_gxZ = (counts_GxZ[parts[part]] > 0) & new_Z
+        if has_gxZ.any():
+            g = has_gxZ.any(axis=1).argmax()
             raise UserError(
-                f"Row {molecules.number[graph]} is of the {part} part and has "
-                f"{symbols()[molecules.atomic_number[atom]]}, which no training molecule has, so "
+                f"Row {molecules.number[parts[part][g]]} is of the {part} part and has "
+                f"{symbols()[elements[has_gxZ[g].argmax()]]}, which no training molecule has, so "
                 "no number of it could be right. Leave such rows out, or put some into training "
                 "(config.data.split 'column' or 'file')."
             )
-
-
-def _atoms_of(molecules: OwnMolecules, graphs: np.ndarray) -> np.ndarray:
-    """Numbers of the atoms of some molecules."""
-    start = molecules.node_offset[graphs]
-    return row_numbers(start, molecules.node_offset[graphs + 1] - start)
 
 
 def _target(column, molecules: OwnMolecules, options: Options) -> Target:
@@ -213,14 +206,14 @@ def _target(column, molecules: OwnMolecules, options: Options) -> Target:
     )
 
 
-def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[str, np.ndarray]:
+def _split(
+    molecules: OwnMolecules, counts_GxZ: np.ndarray, passport: dict, options: Options
+) -> dict[str, np.ndarray]:
     if len(_paths(options)) > 1:
         # Files may share molecules: geometries of one, of a trajectory. `_about` says how many.
         if options.group:
             check_together(molecules.source, molecules.group)
         return {part: np.flatnonzero(molecules.source == k) for k, part in enumerate(PARTS)}
-    present = np.unique(molecules.atomic_number)
-    counts_GxZ = composition(molecules.atomic_number, molecules.node_offset, present)
     column = None
     if options.split == "column":
         column = np.array(passport["parts"])[molecules.part]
@@ -242,7 +235,12 @@ def _split(molecules: OwnMolecules, passport: dict, options: Options) -> dict[st
 
 
 def _labels(
-    molecules: OwnMolecules, targets: tuple[Target, ...], elements, parts, options: Options
+    molecules: OwnMolecules,
+    targets: tuple[Target, ...],
+    counts_GxZ: np.ndarray,
+    elements,
+    parts,
+    options: Options,
 ) -> tuple[dict[str, np.ndarray], dict[str, dict[int, float]]]:
     """Labels of graphs with the references of atoms taken off, and these references."""
     unknown = set(options.extensive) - {target.name for target in targets}
@@ -251,7 +249,6 @@ def _labels(
             f"config.data.extensive names {sorted(unknown)[0]!r}, which is no target. Targets: "
             f"{', '.join(target.name for target in targets)}."
         )
-    counts_GxZ = composition(molecules.atomic_number, molecules.node_offset, elements)
     labels, found = {}, {}
     for k, target in enumerate(targets):
         if target.per_node:

@@ -151,8 +151,8 @@ def _teach(part, elements, cluster, order) -> None:
     """Moves the first cluster with an element that training lacks into it; changes `part`."""
     for has_n in elements.T:
         if not has_n[part == 0].any():
-            first = next(c for c in order.tolist() if has_n[cluster == c].any())
-            part[cluster == first] = 0
+            having = set(cluster[has_n].tolist())
+            part[cluster == next(c for c in order.tolist() if c in having)] = 0
 
 
 def _folds(order, size, fold: int, num_folds: int) -> np.ndarray:

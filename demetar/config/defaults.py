@@ -29,7 +29,7 @@ DEFAULTS = {
     "data": {
         "name": "",  # of the data set, a row of data_pipelines/registry.py; has no default
         "cache_dir": "",  # folder of prepared data and compiled programs; "": ~/.cache/demetar
-        "buckets": (),  # most nodes of a graph in each bucket; (): the best 6 for the data
+        "buckets": (),  # most nodes of a graph in each bucket; (): the best for the data, at most 6
         "batch_size": 128,  # graphs of a training step, over all devices
         "eval_batch_size": 256,  # graphs of a batch of an evaluation, over all devices
         "prefetch_threads": 1,  # threads that assemble batches

@@ -31,11 +31,6 @@ def package_of_run(workdir: pathlib.Path, licence: str = "") -> tuple[Package, E
     result = {"step": step}
     if (workdir / "result.json").exists():
         result = json.loads((workdir / "result.json").read_text())
-        if result["step"] != step:
-            raise UserError(
-                f"{workdir}/result.json is of step {result['step']}, but the best checkpoint is "
-                f"of step {step}: let the run end."
-            )
     found = Package(workdir.resolve().name, params, describe(experiment, result, licence))
     return with_hash(found), experiment
 

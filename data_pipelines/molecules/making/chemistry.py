@@ -100,7 +100,7 @@ def from_bonds(
         all there are, and free valences are radicals.
       states_Nx3: of each atom, as `Row.atom_states`; then nothing is guessed.
     """
-    fallback = None
+    found = None
     if states_Nx3 is not None and states_Nx3[:, 0].sum() == charge:
         choices = [states_Nx3[:, 0].tolist()]
     else:
@@ -110,15 +110,15 @@ def from_bonds(
         if molecule is None:
             continue
         radicals = not implicit and any(a.GetNumRadicalElectrons() for a in molecule.GetAtoms())
-        fallback = fallback or molecule
+        found = found or molecule  # the first, where none is as it should be
         if sum(formal_N) == charge and not radicals:
-            fallback = molecule
+            found = molecule
             break
-    if fallback is not None and positions_Nx3 is not None:
+    if found is not None and positions_Nx3 is not None:
         conformer = rdkit().Conformer(len(atomic_numbers_N))
         conformer.SetPositions(np.ascontiguousarray(positions_Nx3, np.float64))
-        fallback.AddConformer(conformer)
-    return fallback
+        found.AddConformer(conformer)
+    return found
 
 
 def _sanitized(atomic_numbers_N, bonds_bx3, formal_N, implicit: bool, states_Nx3):

@@ -173,7 +173,7 @@ def content_sha256(path) -> str:
     with contextlib.suppress(Damaged):  # the rows before the damage are what there is
         others.update(chosen.files(pathlib.Path(path)))
     for file in sorted(others):
-        with contextlib.suppress(OSError):  # its row is refused
+        with contextlib.suppress(OSError, ValueError):  # no file, or no name of one: row refused
             digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 

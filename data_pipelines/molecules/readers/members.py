@@ -126,7 +126,7 @@ def rows(members: dict[str, Member], first: int, where: str, scale: float = 1.0)
             charge, multiplicity = charge_and_multiplicity(values)
             refusal = None
             if (own == _NO_ELEMENT).any():
-                message = f"{kinds.numbers} has a symbol of no element: write them as H, C, Cl"
+                message = f"{kinds.numbers} names an atom of no element: write H, C, Cl, or numbers"
                 refusal = Refusal("element", message)
             yield Row(
                 first + start + k,

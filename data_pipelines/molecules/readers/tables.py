@@ -131,8 +131,11 @@ def parquet_files(path: pathlib.Path) -> Iterator[pathlib.Path]:
         names = file.schema_arrow.names
         if (place := _place_of_xyz(names)) is None:
             return
-        for batch in file.iter_batches(batch_size=_BATCH, columns=[names[place]]):
-            yield from (path.parent / str(name) for name in batch[0].to_pylist() if name)
+        try:
+            for batch in file.iter_batches(batch_size=_BATCH, columns=[names[place]]):
+                yield from (path.parent / str(name) for name in batch[0].to_pylist() if name)
+        except Exception as error:  # as above
+            raise Damaged(str(error)) from error
 
 
 def parquet_columns(path: pathlib.Path) -> tuple[str, ...]:
