@@ -471,7 +471,9 @@ def test_finite_output_and_gradients(model_and_params):
 
 @pytest.mark.parametrize("variant", ["default", "egnn"])
 def test_jit_equals_no_jit(variant):
-    model, params = build(variant, **({"node_layers": 0} if variant == "default" else {}))
+    model, params = build(
+        variant, **({"node_layers": 0, "edge_layers": 0} if variant == "default" else {})
+    )
     graph = graph_for(model, np.random.default_rng(9))
     for name, value in apply_one(model, params, graph).items():
         np.testing.assert_allclose(

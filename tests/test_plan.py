@@ -54,8 +54,8 @@ def test_count_of_products_is_exact():
 def test_count_of_the_train_step_is_near_the_compilers(cache_dir, mesh):
     trainer = trainer_on(cache_dir, *mesh)
     counted = flops.count(trainer.jitted, *trainer.abstract_arguments(0))
-    compiled = trainer.program(0).cost_analysis()["flops"] * trainer.experiment.mesh.size
     if mesh[2] == 1:  # else all its parts repeat what is not divided
+        compiled = trainer.program(0).cost_analysis()["flops"] * trainer.experiment.mesh.size
         assert 0.7 < counted.total / compiled < 1.3  # a tiny model: little of it is products
     # Over all devices, whatever the mesh, but for what each computes for itself.
     one = trainer_on(cache_dir, 1, 1, 1)
